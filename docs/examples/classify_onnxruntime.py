@@ -1,0 +1,44 @@
+"""Classify photos with an exported file. Needs onnxruntime, numpy and pillow; nothing of edgecompress or PyTorch.
+
+python classify_onnxruntime.py model.int8.onnx photo.jpg [more.jpg ...]
+"""
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+
+def load(path, threads=1):
+    """The session and the preprocessing that the network was trained with, read from the file itself."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    metadata = session.get_modelmeta().custom_metadata_map
+    return session, json.loads(metadata["edgecompress.preprocess"])
+
+
+def prepare(image, how):
+    """A photo as the network's input: ``float32 [1, C, H, W]``, ``(pixel / 255 - mean) / std`` per channel."""
+    height, width = how["size"]
+    image = image.convert(how["channels"])
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image, np.float32).reshape(height, width, -1) / 255
+    pixels = (pixels - np.float32(how["mean"])) / np.float32(how["std"])
+    return pixels.transpose(2, 0, 1)[None].astype(np.float32)
+
+
+def main():
+    session, how = load(sys.argv[1])
+    name = session.get_inputs()[0].name
+    for path in sys.argv[2:]:
+        logits = session.run(None, {name: prepare(Image.open(path), how)})[0][0]
+        chances = np.exp(logits - logits.max())
+        print(f"{path}: class {logits.argmax()} ({chances.max() / chances.sum():.0%})")
+
+
+if __name__ == "__main__":
+    main()

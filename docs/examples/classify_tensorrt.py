@@ -1,0 +1,48 @@
+"""Classify photos with the engine that build_on_device.py built. Runs on the device; needs its TensorRT, numpy and pillow.
+
+    python3 classify_tensorrt.py photo.jpg [more.jpg ...]
+
+Put this file into the folder with model.engine, build_on_device.py and preprocess.json.
+"""
+
+import json
+import sys
+
+import numpy as np
+from build_on_device import Cuda, Session
+from PIL import Image
+
+
+def load(path="model.engine"):
+    """The engine on the GPU, ready for single images."""
+    import tensorrt as trt
+
+    with open(path, "rb") as file:
+        engine = trt.Runtime(trt.Logger(trt.Logger.WARNING)).deserialize_cuda_engine(file.read())
+    if engine is None:
+        sys.exit(path + " does not load: build it again on this device with build_on_device.py.")
+    return Session(trt, engine, Cuda(), 1)
+
+
+def prepare(image, how):
+    """A photo as the network's input: ``float32 [1, C, H, W]``, ``(pixel / 255 - mean) / std`` per channel."""
+    height, width = how["size"]
+    image = image.convert(how["channels"])
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.BILINEAR)
+    pixels = np.asarray(image, np.float32).reshape(height, width, -1) / 255
+    pixels = (pixels - np.float32(how["mean"])) / np.float32(how["std"])
+    return pixels.transpose(2, 0, 1)[None].astype(np.float32)
+
+
+def main():
+    with open("preprocess.json") as file:
+        how = json.load(file)
+    session = load()
+    for path in sys.argv[1:]:
+        logits = session.run(prepare(Image.open(path), how))[0]
+        print(f"{path}: class {logits.argmax()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,384 @@
+"""The two searches as Gymnasium environments: one step per channel group (stage 1) or per layer (stage 2).
+
+A `SearchSpace` says which integers may be built and projects a whole vector of wishes onto the budget; the environment
+only does bookkeeping. Accuracy comes from an injected `Evaluator`, so no network is needed to test either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from edgecompress.cost import CostModel, channels, layer_macs, layer_params
+from edgecompress.errors import GoalMissedError
+from edgecompress.spec import FLOAT_BITS, Budget, CompressionPolicy, Cost, LayerChoice, Network, Target
+
+Choice = tuple[int, ...]
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How well a policy does on the search split: top-1 in [0, 1] and cross-entropy in nats."""
+
+    accuracy: float
+    loss: float
+
+
+class Evaluator(Protocol):
+    """Builds a policy and measures it; the one expensive call of a search."""
+
+    def __call__(self, policy: CompressionPolicy) -> Outcome: ...
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A budget in the metric's own unit."""
+
+    budget: Budget
+    value: float
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What one stage may choose.
+
+    ``levels[i]`` are the integers that action ``i`` may build, ascending; ``steps`` groups actions into the steps of an
+    episode; ``features[s]`` describe step ``s`` in [0, 1]; ``to_policy`` turns a choice into a policy. Actions of one
+    ``tied`` set take one value; those in ``only_if_asked`` stay at their largest level unless a budget binds them.
+    """
+
+    names: tuple[str, ...]
+    levels: tuple[tuple[int, ...], ...]
+    steps: tuple[tuple[int, ...], ...]
+    features: NDArray[np.float32]
+    to_policy: Callable[[Choice], CompressionPolicy]
+    cost: CostModel
+    limits: tuple[Limit, ...]
+    tied: tuple[tuple[int, ...], ...] = ()
+    only_if_asked: frozenset[int] = frozenset()
+
+    def price(self, choice: Choice) -> Cost:
+        """The cost of a finished choice."""
+        return self.cost(self.to_policy(choice))
+
+    def pressure(self, choice: Choice) -> float:
+        """The largest ratio of a metric to its limit; a choice fits while this is at most 1."""
+        cost = self.price(choice)
+        return max((cost.metric(limit.budget.metric) / limit.value for limit in self.limits), default=0.0)
+
+    def fits(self, choice: Choice) -> bool:
+        """Whether every budget holds."""
+        return self.pressure(choice) <= 1.0
+
+    @property
+    def largest(self) -> Choice:
+        """Nothing compressed."""
+        return tuple(levels[-1] for levels in self.levels)
+
+    @property
+    def smallest(self) -> Choice:
+        """Everything compressed as far as it goes."""
+        return tuple(levels[0] for levels in self.levels)
+
+    def wishes(self, choice: Choice) -> Vector:
+        """The wish in [0, 1] whose nearest level is ``choice``."""
+        return np.array(
+            [(value - ls[0]) / max(ls[-1] - ls[0], 1) for value, ls in zip(choice, self.levels, strict=True)]
+        )
+
+    def project(self, wishes: Vector) -> Choice:
+        """The choice nearest to ``wishes`` that uses the budget up.
+
+        One multiplier on all bound values is bisected, values are rounded down to a level, and what is left of the
+        budget goes to the actions that lost most by rounding. Actions that relieve no budget are only rounded.
+        """
+        low = np.array([levels[0] for levels in self.levels], float)
+        high = np.array([levels[-1] for levels in self.levels], float)
+        values = low + np.clip(wishes, 0, 1) * (high - low)
+        bound = self.bound
+        idle = self.only_if_asked - bound
+
+        def rounded(multiplier: float) -> Choice:
+            scaled = np.clip(values * multiplier, low, high)
+            return self._tie(
+                tuple(
+                    _floor(levels, scaled[i])
+                    if i in bound
+                    else levels[-1]
+                    if i in idle
+                    else _nearest(levels, values[i])
+                    for i, levels in enumerate(self.levels)
+                )
+            )
+
+        if not bound:
+            return rounded(1.0)
+        lower, upper = 0.0, max(high[i] / max(values[i], 1e-9) for i in bound)
+        if self.fits(rounded(upper)):
+            return rounded(upper)
+        for _ in range(14):
+            middle = (lower + upper) / 2
+            lower, upper = (middle, upper) if self.fits(rounded(middle)) else (lower, middle)
+        return self.fill(rounded(lower), values * max(lower, 1e-9))
+
+    @cached_property
+    def bound(self) -> frozenset[int]:
+        """Actions that relieve a budget when they are lowered."""
+        metrics = [limit.budget.metric for limit in self.limits]
+        full = self.price(self.largest)
+
+        def relieves(action: int) -> bool:
+            cost = self.price(self.with_value(self.largest, action, self.levels[action][0]))
+            return any(cost.metric(metric) < full.metric(metric) for metric in metrics)
+
+        return frozenset(i for i, levels in enumerate(self.levels) if len(levels) > 1 and relieves(i))
+
+    def fill(self, choice: Choice, wanted: Vector) -> Choice:
+        """Raise one bound action by one level while a budget allows it, the one furthest below ``wanted`` first."""
+        blocked: set[int] = set(range(len(choice))) - self.bound
+        while len(blocked) < len(choice):
+            gaps = [
+                (wanted[i] - value) / max(wanted[i], 1e-9) if i not in blocked else -np.inf
+                for i, value in enumerate(choice)
+            ]
+            best = int(np.argmax(gaps))
+            raised = self.raised(choice, best)
+            if raised != choice and self.fits(raised):
+                choice = raised
+            else:
+                blocked.add(best)
+        return choice
+
+    def raised(self, choice: Choice, action: int, by: int = 1) -> Choice:
+        """``choice`` with one action (and those tied to it) moved by ``by`` levels, clipped to the ends."""
+        levels = self.levels[action]
+        position = min(max(levels.index(choice[action]) + by, 0), len(levels) - 1)
+        return self.with_value(choice, action, levels[position])
+
+    def with_value(self, choice: Choice, action: int, value: int) -> Choice:
+        """``choice`` with one action, and those tied to it, set to ``value``."""
+        together = next((group for group in self.tied if action in group), (action,))
+        return tuple(value if i in together else old for i, old in enumerate(choice))
+
+    def _tie(self, choice: Choice) -> Choice:
+        """Actions that share one tensor take the largest value among them."""
+        result = list(choice)
+        for group in self.tied:
+            for i in group:
+                result[i] = max(choice[j] for j in group)
+        return tuple(result)
+
+    def check_reachable(self) -> None:
+        """Refuse budgets below what this space can build.
+
+        Raises:
+            GoalMissedError: names the smallest value of the metric that can be reached.
+        """
+        cost = self.price(self.smallest)
+        for limit in self.limits:
+            reached = cost.metric(limit.budget.metric)
+            if reached > limit.value:
+                relative = f" ({reached / (limit.value / limit.budget.limit):.3f}x)" if limit.budget.relative else ""
+                raise GoalMissedError(
+                    f"The budget {limit.budget} cannot be met: the smallest {limit.budget.metric} that this network can "
+                    f"reach on this target is {reached:.4g}{relative}. Raise the budget or choose another target."
+                )
+
+
+def _floor(levels: Sequence[int], value: float) -> int:
+    return max((level for level in levels if level <= value + 1e-9), default=levels[0])
+
+
+def _nearest(levels: Sequence[int], value: float) -> int:
+    return min(levels, key=lambda level: abs(level - value))
+
+
+def allowed_widths(width: int, divisor: int) -> tuple[int, ...]:
+    """Widths that may be built: multiples of the target's divisor; a group narrower than twice the divisor may also be
+    cut to powers of two down to 4 (it is then priced at the padded width)."""
+    widths = set(range(divisor, width + 1, divisor)) | {width}
+    if width < 2 * divisor:
+        widths |= {2**power for power in range(2, 16) if 2**power < width}
+    return tuple(sorted(widths))
+
+
+def channel_space(
+    network: Network,
+    target: Target,
+    cost: CostModel,
+    limits: Sequence[Limit],
+    original: Cost,
+    divisor: int | None = None,
+) -> SearchSpace:
+    """Stage 1: one action per prunable channel group, the channels it keeps."""
+    groups = network.prunable_groups
+    names = tuple(group.id for group in groups)
+
+    def to_policy(choice: Choice) -> CompressionPolicy:
+        return CompressionPolicy.model_construct(
+            model=network.model, keep_channels=dict(zip(names, choice, strict=True)), layers={}, provenance={}
+        )
+
+    return SearchSpace(
+        names=names,
+        levels=tuple(allowed_widths(group.width, divisor or target.divisor) for group in groups),
+        steps=tuple((i,) for i in range(len(groups))),
+        features=_group_features(network, original),
+        to_policy=to_policy,
+        cost=cost,
+        limits=tuple(limits),
+    )
+
+
+def bitwidth_space(
+    network: Network,
+    pruned: CompressionPolicy,
+    shared_inputs: Sequence[Sequence[str]],
+    target: Target,
+    cost: CostModel,
+    limits: Sequence[Limit],
+) -> SearchSpace:
+    """Stage 2: two actions per layer, the bits of its weights and of its input; layers that share an input are tied.
+
+    ``pruned`` is stage 1's policy: channels and elements stay as it says. ``shared_inputs`` names the quantisable layers,
+    those that read one tensor together; a layer of the network that is not named stays float.
+    """
+    named = {name for group in shared_inputs for name in group}
+    layers = [layer.name for layer in network.layers if layer.name in named]
+    index = {name: i for i, name in enumerate(layers)}
+
+    def to_policy(choice: Choice) -> CompressionPolicy:
+        choices = {
+            name: LayerChoice.model_construct(
+                keep_elements=pruned.layers.get(name, LayerChoice()).keep_elements,
+                weight_bits=choice[2 * i],
+                activation_bits=choice[2 * i + 1],
+            )
+            for name, i in index.items()
+        }
+        return CompressionPolicy.model_construct(
+            model=network.model, keep_channels=pruned.keep_channels, layers=choices, provenance={}
+        )
+
+    return SearchSpace(
+        names=tuple(f"{name}:{what}" for name in layers for what in ("weight", "activation")),
+        levels=tuple(levels for _ in layers for levels in (target.weight_bits, target.activation_bits)),
+        steps=tuple((2 * i, 2 * i + 1) for i in range(len(layers))),
+        features=_layer_features(network, pruned.keep_channels, named),
+        to_policy=to_policy,
+        cost=cost,
+        limits=tuple(limits),
+        tied=tuple(tuple(2 * index[name] + 1 for name in group) for group in shared_inputs if len(group) > 1),
+        # No runtime of ours is faster below 8 activation bits, and the file does not shrink: only a bops budget asks.
+        only_if_asked=frozenset(2 * i + 1 for i in range(len(layers))),
+    )
+
+
+def _scaled(columns: Sequence[Sequence[float]]) -> NDArray[np.float32]:
+    """Min-max scale every column over the steps; constant columns become 0 (AMC's state)."""
+    table = np.array(columns, np.float32).T
+    low, high = table.min(0), table.max(0)
+    return np.where(high > low, (table - low) / np.where(high > low, high - low, 1), 0).astype(np.float32)
+
+
+def _group_features(network: Network, original: Cost) -> NDArray[np.float32]:
+    """AMC's and Distiller's layer features, summed over the layers whose output or input a group cuts."""
+    rows = []
+    for number, group in enumerate(network.prunable_groups):
+        written = [layer for layer in network.layers if any(term.group == group.id for term in layer.out_terms)]
+        read = [layer for layer in network.layers if any(term.group == group.id for term in layer.in_terms)]
+        first = written[0]
+        rows.append([
+            number, group.width, first.in_channels, first.kernel[0], first.stride[0], first.output_hw[0], len(written),
+            sum(layer.macs for layer in written) / original.macs, sum(layer.macs for layer in read) / original.macs,
+            sum(layer.params for layer in (*written, *read)) / original.params,
+        ])  # fmt: skip
+    return _scaled(list(zip(*rows, strict=True)))
+
+
+def _layer_features(network: Network, keep_channels: Mapping[str, int], named: set[str]) -> NDArray[np.float32]:
+    widths = network.widths | dict(keep_channels)
+    rows = []
+    for number, layer in enumerate(layer for layer in network.layers if layer.name in named):
+        inputs, outputs = channels(layer, widths, network.widths)
+        rows.append([
+            number, layer.kind == "depthwise", inputs, outputs, layer.kernel[0], layer.stride[0], layer.input_hw[0],
+            layer_macs(layer, inputs, outputs), layer_params(layer, inputs, outputs), layer.kind == "linear",
+        ])  # fmt: skip
+    return _scaled(list(zip(*rows, strict=True)))
+
+
+class PolicyEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
+    """One episode writes one policy; the last step projects the whole vector, evaluates it and pays the reward.
+
+    Args:
+        space: what may be chosen.
+        score: choice -> reward (a search counts, caches and journals behind it).
+
+    Observation: the step's features, the previous wish, and the mean wish so far. Action: wishes in [-1, 1]. The last
+    step's ``info`` holds ``choice`` and ``executed``: the projected actions of all steps, which belong in the replay.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (gymnasium's own signature)
+
+    def __init__(self, space: SearchSpace, score: Callable[[Choice], float]) -> None:
+        self.space = space
+        self.score = score
+        self.width = len(space.steps[0])
+        size = space.features.shape[1] + self.width + 1
+        self.observation_space = spaces.Box(0.0, 1.0, (size,), np.float32)
+        self.action_space = spaces.Box(-1.0, 1.0, (self.width,), np.float32)
+        self._wishes: list[NDArray[np.float32]] = []
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        super().reset(seed=seed)
+        self._wishes = []
+        return self._observe(), {}
+
+    def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        wished = (np.clip(action, -1, 1) + 1) / 2
+        self._wishes.append(wished.astype(np.float32))
+        if len(self._wishes) < len(self.space.steps):
+            return self._observe(), 0.0, False, False, {}
+        wishes = np.zeros(len(self.space.levels))
+        for step, wish in zip(self.space.steps, self._wishes, strict=True):
+            wishes[list(step)] = wish
+        choice = self.space.project(wishes)
+        reward = self.score(choice)
+        return self._observe(), reward, True, False, {"choice": choice, "executed": self.executed(choice)}
+
+    def executed(self, choice: Choice) -> NDArray[np.float32]:
+        """The actions ``[steps, width]`` in [-1, 1] that stand for ``choice``."""
+        wishes = self.space.wishes(choice)
+        return np.array([[2 * wishes[i] - 1 for i in step] for step in self.space.steps], np.float32)
+
+    def observations(self, choice: Choice) -> NDArray[np.float32]:
+        """What the agent would have seen on its way to ``choice``, ``[steps + 1, size]``."""
+        self._wishes = []
+        seen = [self._observe()]
+        for action in self.executed(choice):
+            self._wishes.append(np.asarray((action + 1) / 2, np.float32))
+            seen.append(self._observe())
+        return np.stack(seen)
+
+    def _observe(self) -> NDArray[np.float32]:
+        step = min(len(self._wishes), len(self.space.steps) - 1)
+        previous = self._wishes[-1] if self._wishes else np.ones(self.width, np.float32)
+        mean = np.float32(np.mean(self._wishes) if self._wishes else 1.0)
+        return np.concatenate([self.space.features[step], previous, [mean]]).astype(np.float32)
+
+
+__all__ = [
+    "FLOAT_BITS", "Choice", "Evaluator", "Limit", "Outcome", "PolicyEnv", "SearchSpace", "allowed_widths",
+    "bitwidth_space", "channel_space",
+]  # fmt: skip

@@ -1,0 +1,228 @@
+"""A trained network becomes one internal graph: BatchNorm folded, constants inlined, ONNX operators and names.
+
+Everything after stage 1 (calibration, the simulators, every exporter) reads this graph; nothing here knows of bits.
+A layer keeps its module path as name. Values keep the names that ``torch.onnx.export`` gave them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from edgecompress.errors import BadModelError
+
+if TYPE_CHECKING:
+    import onnx
+
+Array = NDArray[Any]
+LAYER_OPS = ("Conv", "Gemm")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operator. ``name`` is the module path for layers with weights; an absent optional input is ``""``."""
+
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Nodes in execution order. ``shapes`` maps values to dimensions without the batch; ``constants`` holds weights."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    nodes: tuple[Node, ...]
+    constants: Mapping[str, Array]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def consumers(self, value: str) -> tuple[Node, ...]:
+        """Nodes that read ``value``."""
+        return tuple(node for node in self.nodes if value in node.inputs)
+
+    def producer(self, value: str) -> Node | None:
+        """The node that writes ``value``; None for inputs and constants."""
+        return next((node for node in self.nodes if value in node.outputs), None)
+
+    @property
+    def layers(self) -> tuple[Node, ...]:
+        """Convolutions and Gemms with constant weights, in execution order."""
+        return tuple(node for node in self.nodes if node.op in LAYER_OPS and node.inputs[1] in self.constants)
+
+
+def build_graph(model: nn.Module, input_shape: tuple[int, ...], name: str) -> Graph:
+    """Export ``model`` in eval mode and normalise the result.
+
+    Args:
+        model: a network on the CPU that maps ``[N, C, H, W]`` to one tensor. It is not changed.
+        input_shape: ``(C, H, W)``.
+        name: the network's name, for errors.
+
+    Raises:
+        BadModelError: ``torch.onnx.export`` refuses the network.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with quiet():
+            program = torch.onnx.export(
+                model,
+                (torch.zeros(2, *input_shape),),
+                dynamo=True,
+                input_names=["input"],
+                output_names=["output"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                verbose=False,
+            )
+    except Exception as error:
+        cause = str(error).strip().splitlines()
+        raise BadModelError(
+            f"{name} cannot be exported to ONNX: {cause[0] if cause else type(error).__name__}"
+        ) from error
+    finally:
+        model.train(was_training)
+    assert program is not None
+    return normalise(_from_ir(program.model))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """torch.onnx.export prints progress and logs through several channels; a user of ours gets our own words."""
+    loggers = [logging.getLogger(key) for key in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def read_graph(path: str | os.PathLike[str]) -> Graph:
+    """Read a float ONNX file.
+
+    Raises:
+        BadModelError: the file is missing or is no ONNX model.
+    """
+    import onnx
+
+    try:
+        return normalise(raw_graph(onnx.load(path)))
+    except Exception as error:
+        raise BadModelError(f"{path} cannot be read as an ONNX model ({type(error).__name__}: {error}).") from error
+
+
+def raw_graph(model: onnx.ModelProto) -> Graph:
+    """An ONNX model as it is, with inferred shapes; `normalise` comes next."""
+    import onnx
+    import onnx_ir
+
+    return _from_ir(onnx_ir.from_proto(onnx.shape_inference.infer_shapes(model)))
+
+
+def _from_ir(model: Any) -> Graph:
+    import onnx_ir
+
+    constants: dict[str, Array] = {
+        name: value.const_value.numpy()
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    nodes: list[Node] = []
+    for value in model.graph.inputs:
+        shapes[value.name] = _shape(value)
+    for node in model.graph:
+        if node.op_type == "Constant":
+            constants[node.outputs[0].name] = node.attributes["value"].as_tensor().numpy()
+            continue
+        attributes = {
+            key: attribute.as_tensor().numpy() if attribute.type == onnx_ir.AttributeType.TENSOR else attribute.value
+            for key, attribute in node.attributes.items()
+        }
+        inputs = tuple(value.name if value is not None else "" for value in node.inputs)
+        nodes.append(Node(node.name, node.op_type, inputs, tuple(value.name for value in node.outputs), attributes))
+        shapes |= {value.name: _shape(value) for value in node.outputs if value.shape is not None}
+    outputs = tuple(value.name for value in model.graph.outputs)
+    return Graph(tuple(value.name for value in model.graph.inputs), outputs, tuple(nodes), constants, shapes)
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(int(size) if isinstance(size, int) else -1 for size in list(value.shape)[1:])
+
+
+def normalise(graph: Graph) -> Graph:
+    """Rename layers after their modules, drop what does nothing, and use the pooling operator runtimes have kernels for."""
+    graph = _without_identities(graph)
+    graph = replace(graph, nodes=tuple(new for node in graph.nodes for new in _normalised(node, graph)))
+    pooled = {n.outputs[0]: (*graph.shapes[n.inputs[0]][:1], 1, 1) for n in graph.nodes if n.op == "GlobalAveragePool"}
+    graph = replace(graph, shapes={**graph.shapes, **pooled})
+    used = {name for node in graph.nodes for name in node.inputs}
+    return replace(graph, constants={key: value for key, value in graph.constants.items() if key in used})
+
+
+def _without_identities(graph: Graph) -> Graph:
+    alias: dict[str, str] = {}
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        inputs = tuple(alias.get(name, name) for name in node.inputs)
+        if node.op in ("Identity", "Dropout") and node.outputs[0] not in graph.outputs:
+            alias[node.outputs[0]] = inputs[0]
+        else:
+            nodes.append(replace(node, inputs=inputs))
+    return replace(graph, nodes=tuple(nodes))
+
+
+def _normalised(node: Node, graph: Graph) -> list[Node]:
+    if node.op in LAYER_OPS and node.inputs[1] in graph.constants:
+        return [_layer(node)]
+    if node.op == "ReduceMean" and _axes(node, graph) in ((2, 3), (-2, -1), (-1, -2)):
+        return _global_pool(node)
+    if node.op == "Reshape" and _flattens(node, graph):
+        return [replace(node, op="Flatten", inputs=node.inputs[:1], attributes={"axis": 1})]
+    return [node]
+
+
+def _layer(node: Node) -> Node:
+    name = node.inputs[1].removesuffix(".weight")
+    return replace(node, name=name)
+
+
+def _axes(node: Node, graph: Graph) -> tuple[int, ...]:
+    if "axes" in node.attributes:
+        return tuple(int(axis) for axis in node.attributes["axes"])
+    if len(node.inputs) > 1 and node.inputs[1] in graph.constants:
+        return tuple(int(axis) for axis in graph.constants[node.inputs[1]].ravel())
+    return ()
+
+
+def _global_pool(node: Node) -> list[Node]:
+    """ONNX Runtime has an integer GlobalAveragePool but no integer ReduceMean."""
+    if node.attributes.get("keepdims", 1):
+        return [replace(node, op="GlobalAveragePool", inputs=node.inputs[:1], attributes={})]
+    pooled = f"{node.outputs[0]}_pooled"
+    return [
+        Node(f"{node.name}_pool", "GlobalAveragePool", node.inputs[:1], (pooled,), {}),
+        Node(f"{node.name}_flatten", "Flatten", (pooled,), node.outputs, {"axis": 1}),
+    ]
+
+
+def _flattens(node: Node, graph: Graph) -> bool:
+    source, result = graph.shapes.get(node.inputs[0]), graph.shapes.get(node.outputs[0])
+    return source is not None and result is not None and len(result) == 1 and len(source) > 1

@@ -1,0 +1,179 @@
+"""The trained network that compression starts from: whose weights it has, and what to say about them.
+
+==================  ===================================  ==================================  ======================
+``--weights``       zoo, torchvision, timm               factory                             .onnx, .pt2
+==================  ===================================  ==================================  ======================
+absent              trained on the data                  as returned; trained if all fresh   as they are
+``DEFAULT``         published (zoo: none exist)          as returned                         as they are
+``none``            trained on the data                  trained on the data                 refused
+a file              loaded                               loaded                              refused
+==================  ===================================  ==================================  ======================
+
+Where loaded weights have a classifier of another size, it is replaced and the network fine-tuned on the data.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from edgecompress.checkpoints import fit_state, load_weights
+from edgecompress.data import Dataset
+from edgecompress.describe import GraphModule
+from edgecompress.errors import BadModelError, UsageError
+from edgecompress.finetune import accuracy_and_loss, reference_model
+from edgecompress.models import build_model, from_factory, is_graph_file, own_state, source_of
+from edgecompress.onnx_files import import_graph
+from edgecompress.progress import Progress
+from edgecompress.spec import Config, Target, parse_budgets
+
+REFERENCE_EPOCHS = {"digits": 20}
+GRAPH_BUDGET = "size=0.3x"  # what 8 bits reach with room for scales and names
+WHY_NOT_PRUNED = "a file says what is computed, but not which channels may be cut and trained again together"
+
+
+def original_network(model: str | nn.Module, config: Config, data: Dataset, progress: Progress) -> nn.Module:
+    """Build, load or train the network; on the CPU, in eval mode.
+
+    Args:
+        model: a trained module, which is copied, or a name (`models.build_model`, or a ``.onnx`` or ``.pt2`` file).
+
+    Raises:
+        BadModelError: the network cannot be built, its weights cannot be loaded, or it has too few outputs for the data.
+        UnknownNameError: no model of that name. MissingBackendError: timm is not installed.
+    """
+    if isinstance(model, nn.Module):
+        return _checked(copy.deepcopy(model).cpu().eval(), config, data, progress)
+    if is_graph_file(model):
+        return _checked(_fixed_graph(model, config, data, progress), config, data, progress)
+    weights = config.weights or ""
+    if weights.lower() == "none":
+        return _trained(model, data, progress)
+    if source_of(model) == "factory" and weights.lower() in ("", "default"):
+        return _of_factory(model, config, data, progress)
+    if not weights:
+        return _trained(model, data, progress)
+    return _loaded(model, config, data, progress)
+
+
+def _trained(name: str, data: Dataset, progress: Progress) -> nn.Module:
+    epochs = REFERENCE_EPOCHS.get(data.name, 60)
+    progress.stage(f"Reference network {name} on {data.name}", epochs)
+    return reference_model(name, data, epochs=epochs, on_epoch=progress.epoch)
+
+
+def _of_factory(name: str, config: Config, data: Dataset, progress: Progress) -> nn.Module:
+    network, has_weights = from_factory(name, len(data.classes))
+    if has_weights or config.weights:
+        return _checked(network.eval(), config, data, progress)
+    progress.note(
+        f"{name} returns fresh weights (they change with the random seed), so the reference is trained on {data.name}; "
+        "give --weights FILE, or load them in the factory, to start from your own"
+    )
+    return _trained(name, data, progress)
+
+
+def _loaded(name: str, config: Config, data: Dataset, progress: Progress) -> nn.Module:
+    """A network with weights from a file or published ones; fine-tuned where its classifier had to be replaced."""
+    assert config.weights is not None
+    state = None
+    if config.weights.lower() == "default":
+        state = own_state(name, download=config.download)
+    torch.manual_seed(config.seed)  # decides a classifier that must be made anew
+    network = build_model(name, len(data.classes))
+    if state is None:
+        resized = load_weights(network, Path(config.weights))
+    else:
+        resized = fit_state(network, state, f"The published checkpoint of {name}")
+    if not resized:
+        return _checked(network.eval(), config, data, progress)
+    epochs = config.finetune_epochs
+    progress.note(
+        f"the classifier '{resized}' of the weights has another number of outputs than {data.name} has classes "
+        f"({len(data.classes)}); it starts anew and the network is fine-tuned for {epochs} epochs (--finetune-epochs)"
+    )
+    progress.stage(f"Fine-tune {name} on {data.name}", epochs)
+    return reference_model(
+        name, data, epochs=epochs, seed=config.seed, on_epoch=progress.epoch, start=network,
+        learning_rate=config.learning_rate,
+    )  # fmt: skip
+
+
+def _fixed_graph(name: str, config: Config, data: Dataset, progress: Progress) -> nn.Module:
+    if config.weights and config.weights.lower() != "default":
+        raise BadModelError(
+            f"{name} holds its own weights; --weights {config.weights} cannot be used with it. Leave --weights out."
+        )
+    images, _ = next(data.batches(data.test, 1))
+    graph = import_graph(Path(name), tuple(images.shape[1:]), trust=config.trust)
+    progress.note(f"{Path(name).name} is a fixed graph: stage 1 (pruning) is skipped, because {WHY_NOT_PRUNED}")
+    last = graph.producer(graph.outputs[0])
+    if last is not None and last.op == "Softmax":
+        progress.note(
+            f"{Path(name).name} ends in Softmax; export it without, so that training can learn from its scores"
+        )
+    return GraphModule(graph)
+
+
+def fixed_graph_options(model: str, target: Target, budget: str | None, stages: object) -> dict[str, object]:
+    """The options of a run on a ``.onnx`` or ``.pt2`` file: stage 2 alone, and a budget that bits can meet.
+
+    Raises:
+        UsageError: only pruning is asked for, the budget needs it, or the target has no integers to go to.
+    """
+    instead = "Give the network in code (package.module:factory) to prune it."
+    if isinstance(stages, list | tuple) and "quantize" not in stages:
+        raise UsageError(f"{model} cannot be pruned: {WHY_NOT_PRUNED}. Run --stages quantize. {instead}")
+    if not target.integer_kernels:
+        raise UsageError(
+            f"{model} cannot be pruned and {target.name} computes no integers, so there is nothing to compress. {instead}"
+        )
+    for part in parse_budgets(budget or GRAPH_BUDGET):
+        if part.metric in ("flops", "params"):
+            raise UsageError(
+                f"The budget {part} needs pruning, and {model} cannot be pruned: {WHY_NOT_PRUNED}. "
+                f"Budget size, bops or latency. {instead}"
+            )
+    return {"stages": ("quantize",), "budget": budget or GRAPH_BUDGET}
+
+
+def _checked(network: nn.Module, config: Config, data: Dataset, progress: Progress) -> nn.Module:
+    """``network``, if it has an output for every class; a note where it answers no better than by guessing."""
+    classes = len(data.classes)
+    if classes < 2:
+        return network
+    images, _ = next(data.batches(data.select_val, 1))
+    try:
+        with torch.no_grad():
+            outputs = network(images)
+    except Exception as error:
+        raise BadModelError(
+            f"{config.model} fails on one image of shape {tuple(images.shape[1:])}: {error}. Give images of the size it was made for."
+        ) from error
+    if not isinstance(outputs, torch.Tensor) or outputs.dim() != 2 or outputs.shape[1] < classes:
+        found = tuple(outputs.shape[1:]) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+        raise BadModelError(
+            f"{config.model} gives {found} for one image; {data.name} has {classes} classes, so expected ({classes},). "
+            "Give a network with one score per class."
+        )
+    if outputs.shape[1] > classes:
+        progress.note(
+            f"{config.model} has {outputs.shape[1]} outputs, {data.name} has {classes} classes; the first ones count"
+        )
+    _note_guessing(network, config.model, data, progress)
+    return network
+
+
+def _note_guessing(network: nn.Module, name: str, data: Dataset, progress: Progress) -> None:
+    share = float(data.select_val.labels.bincount().max()) / len(data.select_val)
+    if share == 1:
+        return  # the labels are not known
+    accuracy, _ = accuracy_and_loss(network, data, data.select_val)
+    if accuracy <= share:
+        progress.note(
+            f"{name} answers {accuracy:.1%} of the select-val images right, no better than guessing ({share:.1%}): check its "
+            "weights, the order of the classes and the preprocessing"
+        )

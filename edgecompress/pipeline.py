@@ -1,0 +1,280 @@
+"""compress(): the whole story. Every arrow writes into the run folder, so a run restarts from its last file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from edgecompress.cost import LatencyModel, count
+from edgecompress.data import Dataset, load_data
+from edgecompress.describe import GraphModule, graph_of, traced_of
+from edgecompress.envs import Limit
+from edgecompress.errors import UnknownNameError
+from edgecompress.exporters.formats import EXPORTERS, ExportSource, export
+from edgecompress.exporters.quantized_file import save_graph, save_quantized
+from edgecompress.exporters.sizes import PlannedSize
+from edgecompress.exporters.to_onnx import float_model
+from edgecompress.files import write_bytes, write_document
+from edgecompress.graph import Graph, read_graph
+from edgecompress.latency_tables.predict import latency_model
+from edgecompress.latency_tables.targets import target_by_name
+from edgecompress.options import label, resolve, run_name
+from edgecompress.original import original_network
+from edgecompress.progress import Progress, Silent
+from edgecompress.quantize import Simulator, calibrate
+from edgecompress.report import ORIGINAL, ORIGINAL_INT8, report_on, write_report
+from edgecompress.runs import RunFolder, opened
+from edgecompress.spec import (
+    Architecture,
+    Artifact,
+    CompressionPolicy,
+    Config,
+    LayerChoice,
+    RunReport,
+    Target,
+    parse_budgets,
+)
+from edgecompress.stages import Job, limits_for, prune_stage, quantize_stage, recover
+from edgecompress.threads import torch_threads
+
+if TYPE_CHECKING:
+    import onnx
+
+PLANNED_BITS = 4.5  # average weight bits that stage 1 expects of stage 2 where a file stores them packed
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: RunFolder
+    report: RunReport
+    data: Dataset | None = None  # kept where it was given in memory, so that the run can be exported again
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path
+
+    @property
+    def missed(self) -> list[str]:
+        """Goals that the run did not keep, as sentences."""
+        return [
+            f"{goal.goal}: {goal.value:.4g} {goal.unit}, the limit is {goal.limit:.4g} {goal.unit}"
+            for goal in self.report.goals
+            if not goal.holds
+        ]
+
+    def export(self, format_name: str, *, check: bool = True) -> Artifact:
+        """Write one format (``onnx``, ``onnxruntime``, ``tensorrt``) into the run's ``exports`` folder and prove it."""
+        return export_run(self.path, format_name, data=self.data, check=check)
+
+
+def compress(  # noqa: PLR0913 (the public call: everything beyond what, where and how it is stored goes into options)
+    model: str | nn.Module = "resnet8",
+    data: str | Dataset = "digits",
+    target: str = "jetson-orin-nano",
+    budget: str | None = None,
+    *,
+    name: str | None = None,
+    runs: Path | str = "runs",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: object,
+) -> Run:
+    """Compress a trained network for one device and prove what was exported.
+
+    Args:
+        model: a name (see `models.build_model`), a ``.onnx`` or ``.pt2`` file (quantised and exported only), or a trained
+            ``nn.Module`` that maps ``[N, C, H, W]`` to ``[N, classes]``. Whose weights it gets: see `original`.
+        data: a name, the root of an image folder, or a `Dataset`.
+        target: a device, see ``edgecompress targets``.
+        budget: for example ``"flops=0.5x,size=0.125x"``; the default depends on whether the target runs integers.
+        name: of the run folder, by default ``<model>-<data>-<target>``.
+        options: further fields of `spec.Config`.
+
+    Raises:
+        UsageError: an argument is wrong. GoalMissedError: a budget cannot be met or an artifact failed its proof.
+    """
+    progress = progress or Silent()
+    device = target_by_name(target)
+    config = resolve(model, data, device, budget, options)
+    name = name or run_name(config)
+    with torch_threads(config.threads), opened(Path(runs) / name, config, resume=resume, overwrite=overwrite) as run:
+        clock = _Clock()
+        dataset = dataset_of(data, config)
+        original = original_network(model, config, dataset, progress)
+        clock.lap("reference")
+        job, latency, about, size = prepare(config, device, dataset, original, run, progress)
+        clock.lap("trace and original")
+        pruned, smaller, arm = _stage_one(job, latency, size)
+        clock.lap("stage 1")
+        graph = saved_graph(job, smaller, pruned)
+        policy, arms = pruned, {"prune": arm}
+        if job.integer:
+            policy, arms["quantize"] = _stage_two(job, graph, pruned, latency)
+        write_document(
+            run.file("policy.json"),
+            policy.model_copy(update={"provenance": {f"found_by_{k}": v for k, v in arms.items()}}),
+        )
+        clock.lap("stage 2")
+        progress.stage("Export and verify", 3)
+        artifacts = [export_run(run.path, format_name, data=dataset) for format_name in formats_for(job)]
+        clock.lap("export")
+        report = report_on(job, artifacts, latency, about, arms, clock.seconds)
+        write_report(run, report)
+        return Run(run, report, data if isinstance(data, Dataset) else None)
+
+
+def dataset_of(data: str | Dataset, config: Config) -> Dataset:
+    """The images of a run, loaded unless they were handed over."""
+    if isinstance(data, Dataset):
+        return data
+    return load_data(config.data, image_size=config.image_size, seed=config.seed)
+
+
+def prepare(
+    config: Config, target: Target, data: Dataset, original: nn.Module, run: RunFolder, progress: Progress
+) -> tuple[Job, LatencyModel, str, PlannedSize]:
+    """Trace the original, write its float and int8 files, and price it."""
+    shape = tuple(data.test.images.shape[1:])
+    progress.stage("Trace the network", 1)
+    traced = traced_of(original, shape, label(config.model))
+    write_document(run.file("layers.json"), traced.network)
+    graph = graph_of(original, shape, config.model)
+    as_float = float_model(graph, metadata={"preprocess": data.preprocessing.model_dump_json()}).SerializeToString()
+    write_bytes(run.file("exports") / ORIGINAL, as_float)
+    budgets = parse_budgets(config.budget)
+    free = tuple(
+        Limit(budget, 0.0) for budget in budgets
+    )  # what is limited; the amounts follow from the original's cost
+    job = Job(
+        config, target, data, run, progress, original, traced, free, count(traced.network, CompressionPolicy(model=""))
+    )
+    integers = as_float
+    if job.integer:
+        simulator = Simulator(graph, calibrate(graph, calibration_batches(data)))
+        integers = at_8_bits(simulator, "ort").SerializeToString()
+        write_bytes(run.file("exports") / ORIGINAL_INT8, integers)
+    table = Path(config.table) if config.table else None
+    latency, about = latency_model(
+        target, tables=table, require_measured=config.require_measured, allow_mismatch=config.allow_mismatch
+    )
+    planned = job.cost_model(None, latency)(CompressionPolicy(model=""))
+    priced = count(traced.network, CompressionPolicy(model=""), None, lambda kernels, params: len(as_float))
+    fields = (
+        "latency_us",
+        "latency_low_us",
+        "latency_high_us",
+        "kernels_measured",
+        "kernels_interpolated",
+        "kernels_estimated",
+    )
+    cost = priced.model_copy(update={name: getattr(planned, name) for name in fields})
+    size = PlannedSize.from_file(len(integers), traced.network.layers, 8 if target.dialect == "trt" else PLANNED_BITS)
+    if not job.integer:
+        size = PlannedSize(len(as_float) - 4 * cost.params, 32)
+    return replace(job, limits=limits_for(budgets, cost), original_cost=cost), latency, about, size
+
+
+def at_8_bits(simulator: Simulator, dialect: str) -> onnx.ModelProto:
+    from edgecompress.exporters import to_onnxruntime, to_tensorrt
+
+    choices = {layer.name: LayerChoice(weight_bits=8, activation_bits=8) for layer in simulator.graph.layers}
+    writer = to_tensorrt.integer_model if dialect == "trt" else to_onnxruntime.integer_model
+    return writer(simulator.quantized(choices))
+
+
+def calibration_batches(data: Dataset) -> Iterator[torch.Tensor]:
+    """Normalised calibration images, without augmentation."""
+    return (x for x, _ in data.batches(data.calibration, 100))
+
+
+def _stage_one(job: Job, latency: LatencyModel, size: PlannedSize) -> tuple[CompressionPolicy, nn.Module, str]:
+    if "prune" not in job.config.stages:
+        return CompressionPolicy(model=job.network.model), job.original, "skipped"
+    policy, arm = prune_stage(job, job.cost_model(size, latency))
+    model, policy = recover(job, policy)
+    return policy, model, arm
+
+
+def saved_graph(job: Job, smaller: nn.Module, pruned: CompressionPolicy) -> Graph:
+    """Write the pruned float network as safetensors and as ONNX; what comes after reads the latter back."""
+    shape = job.network.input_shape
+    architecture = Architecture(
+        model=job.config.model,
+        classes=len(job.data.classes),
+        input_shape=shape,
+        keep_channels=pruned.keep_channels,
+        preprocessing=job.data.preprocessing,
+        fixed_graph=isinstance(smaller, GraphModule),
+    )
+    job.run.save_model(smaller, architecture)
+    save_graph(job.run.file("graph.onnx"), graph_of(smaller, shape, job.config.model))
+    return read_graph(job.run.file("graph.onnx"))
+
+
+def _stage_two(
+    job: Job, graph: Graph, pruned: CompressionPolicy, latency: LatencyModel
+) -> tuple[CompressionPolicy, str]:
+    calibration = calibrate(graph, calibration_batches(job.data))
+    base = len(at_8_bits(Simulator(graph, calibration), job.target.dialect).SerializeToString())
+    quantized, policy, arm = quantize_stage(job, graph, calibration, pruned, latency, base)
+    save_quantized(job.run.file("quantized.safetensors"), quantized)
+    return policy, arm
+
+
+def formats_for(job: Job) -> tuple[str, ...]:
+    """Formats that a run writes by itself."""
+    if job.integer:
+        return ("onnx", "onnxruntime", "tensorrt")
+    return ("onnx", "tensorrt") if job.target.exporter == "tensorrt" else ("onnx",)
+
+
+def export_run(path: Path, format_name: str, *, data: Dataset | None = None, check: bool = True) -> Artifact:
+    """Write one format of a finished run into its ``exports`` folder; everything is read back from the run's files.
+
+    Raises:
+        BadFileError: the run is missing, broken or did not finish. GoalMissedError: the artifact failed its proof.
+    """
+    run = RunFolder(path)
+    config = run.config()
+    if format_name not in EXPORTERS:
+        raise UnknownNameError("format", format_name, EXPORTERS)
+    data = data or load_data(config.data, image_size=config.image_size, seed=config.seed)
+    integers = run.file("quantized.safetensors").exists() or not run.file("graph.onnx").exists()
+    quantized = run.quantized() if integers else None
+    source = ExportSource(
+        graph=read_graph(run.file("graph.onnx")),
+        quantized=quantized,
+        network=run.network(),
+        policy=run.policy(),
+        target=target_by_name(config.target),
+        preprocessing=data.preprocessing,
+        classes=data.classes,
+        images=data.normalise(data.select_val.images[:100]).numpy(),
+    )
+    return export(source, format_name, run.file("exports"), check=check)
+
+
+class _Clock:
+    """Seconds of every part of a run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self._last = round(now - self._last, 2), now
+
+
+def load(path: Path | str, factory: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """The pruned, fine-tuned float network of a run, rebuilt without any pickle (see `runs.RunFolder.load_model`)."""
+    return RunFolder(Path(path)).load_model(factory)

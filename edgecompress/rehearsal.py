@@ -1,0 +1,243 @@
+"""A little of every part of a run, timed: two episodes of each search, one step of each training.
+
+The searches are the real ones, told to stop by the listener that they report to, so that what is timed is what will run.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from edgecompress.agents import make_agent
+from edgecompress.cost import LatencyModel
+from edgecompress.envs import PolicyEnv, SearchSpace
+from edgecompress.exporters.sizes import PlannedSize
+from edgecompress.finetune import TrainSettings, train
+from edgecompress.pipeline import at_8_bits, calibration_batches, saved_graph
+from edgecompress.progress import Progress
+from edgecompress.prune import importance_by_name, prune
+from edgecompress.quantize import LearnedSteps, Simulator, calibrate
+from edgecompress.spec import CompressionPolicy, Frozen, LayerChoice, Stage, Trial
+from edgecompress.stages import SHORT_EPOCHS, Job, bits_of, channels_of, prune_stage, quantize_stage
+from edgecompress.variational import kl_penalty, with_noise
+
+TIMED_EPISODES = 2
+TIMED_STEPS = 2  # the first one warms up
+# At most: policies that stage 1 fine-tunes, that a stage measures again, and steps towards an accuracy drop.
+FINALISTS, REMEASURED, TIGHTENINGS = 3, 5, 11
+
+
+class PlannedStage(Frozen):
+    """A search. ``episode_s`` is an evaluation, ``agent_s`` the agent's own thinking, ``finalists_s`` the measuring again."""
+
+    stage: Stage
+    actions: int
+    policies_log10: float
+    episodes: int
+    episode_s: float
+    agent_s: float
+    finalists_s: float
+
+    @property
+    def seconds(self) -> float:
+        """The whole search, if it uses all its episodes."""
+        return self.episodes * (self.episode_s + self.agent_s) + self.finalists_s
+
+
+Part = Literal["original", "prune", "quantize"]
+
+
+class PlannedTraining(Frozen):
+    """A training at its longest; ``step_s`` is one batch."""
+
+    part: Part
+    title: str
+    epochs: int
+    steps: int
+    step_s: float
+
+    @property
+    def seconds(self) -> float:
+        """The whole training."""
+        return self.epochs * self.steps * self.step_s
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What was timed, and the space that decides first whether a budget can be met."""
+
+    stages: tuple[PlannedStage, ...]
+    trainings: tuple[PlannedTraining, ...]
+    space: SearchSpace
+
+
+def rehearse(job: Job, latency: LatencyModel, size: PlannedSize, progress: Progress) -> Rehearsal:
+    """Time every part of the run that ``job`` stands for; a budget that is out of reach is left out of it.
+
+    Raises:
+        BadModelError: stage 1 is asked for and there is nothing to prune.
+    """
+    config = job.config
+    policy, smaller = CompressionPolicy(model=job.network.model), job.original
+    stages: list[PlannedStage] = []
+    trainings: list[PlannedTraining] = []
+    spaces: list[SearchSpace] = []
+    if "prune" in config.stages:
+        progress.stage("Time stage 1", 1)
+        cost = job.cost_model(size, latency)
+        if job.network.prunable_groups:  # otherwise the stage says so itself
+            spaces.append(channels_of(job, cost))
+        first = _first_episodes(job, spaces, lambda part: prune_stage(part, cost))
+        stages.append(_planned(job, "prune", spaces[0], first))
+        policy = spaces[0].to_policy(first.uniform.choice)
+        scores = importance_by_name(config.importance)(job.original, job.traced)
+        smaller = prune(job.original, job.traced, policy.keep_channels, scores)
+        progress.stage("Time a step of every training", 1)
+        trainings += _after_pruning(job, smaller)
+    if job.integer:
+        progress.stage("Time stage 2", 1)
+        graph = saved_graph(job, smaller, policy)
+        calibration = calibrate(graph, calibration_batches(job.data))
+        simulator = Simulator(graph, calibration)
+        base = len(at_8_bits(simulator, job.target.dialect).SerializeToString())
+        bits = bits_of(job, simulator, policy, latency, base)
+        spaces.append(bits)
+        first = _first_episodes(
+            job, spaces, lambda part: quantize_stage(part, graph, calibration, policy, latency, base)
+        )
+        stages.append(_planned(job, "quantize", bits, first))
+        if config.qat_epochs:
+            choices = {layer.name: LayerChoice(weight_bits=8, activation_bits=8) for layer in graph.layers}
+            learned = LearnedSteps(simulator.quantized(choices))
+            trainings.append(
+                one_training(
+                    job, "quantize", "Quantisation-aware training", config.qat_epochs, learned, teacher=job.original
+                )
+            )
+    return Rehearsal(tuple(stages), tuple(trainings), spaces[0])
+
+
+# ---------------------------------------------------------------------------------------------------- the searches
+
+
+class _EnoughError(Exception):
+    """Raised out of a search that has shown how long an episode takes."""
+
+
+class _Stopwatch:
+    """Times the first episodes of a search, then ends it."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.trials: list[Trial] = []
+        self._last = time.perf_counter()
+
+    @property
+    def uniform(self) -> Trial:
+        """The first policy of every search."""
+        return self.trials[0]
+
+    def stage(self, title: str, total: int) -> None:
+        self._last = time.perf_counter()
+
+    def trial(self, stage: Stage, trial: Trial, best: Trial | None) -> None:
+        now = time.perf_counter()
+        self.seconds.append(now - self._last)
+        self.trials.append(trial)
+        self._last = now
+        if len(self.trials) == TIMED_EPISODES:
+            raise _EnoughError
+
+    def epoch(self, epoch: int, epochs: int, loss: float) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+def _first_episodes(job: Job, spaces: Sequence[SearchSpace], run: Callable[[Job], object]) -> _Stopwatch:
+    """Run a stage until its second episode, without limits if the last of ``spaces``, its own, cannot keep them."""
+    watch = _Stopwatch()
+    reachable = all(space.fits(space.smallest) for space in spaces[-1:])
+    try:
+        run(replace(job, progress=watch, limits=job.limits if reachable else ()))
+    except _EnoughError:
+        return watch
+    raise AssertionError("a search ended before its second episode")
+
+
+def _planned(job: Job, stage: Stage, space: SearchSpace, watch: _Stopwatch) -> PlannedStage:
+    episode_s = sum(watch.seconds) / len(watch.seconds)
+    larger = len(job.both_val) / len(job.data.search_val)
+    return PlannedStage(
+        stage=stage, actions=sum(len(levels) > 1 for levels in space.levels),
+        policies_log10=sum(math.log10(len(levels)) for levels in space.levels), episodes=job.config.episodes,
+        episode_s=episode_s, agent_s=_agent_seconds(job, space), finalists_s=REMEASURED * larger * episode_s,
+    )  # fmt: skip
+
+
+def _agent_seconds(job: Job, space: SearchSpace) -> float:
+    """Seconds that the agent itself thinks and learns in one episode; it learns from the third one on."""
+    env = PolicyEnv(replace(space, limits=()), lambda choice: 0.0)
+    agent = make_agent(job.config.agent, env, job.config.seed)
+    for _ in range(2):
+        agent.propose(env)
+    started = time.perf_counter()
+    agent.propose(env)
+    return time.perf_counter() - started
+
+
+# --------------------------------------------------------------------------------------------------- the trainings
+
+
+def _after_pruning(job: Job, smaller: nn.Module) -> Iterator[PlannedTraining]:
+    """Every training of stage 1, at its longest."""
+    config, teacher = job.config, job.original
+    plain = one_training(
+        job, "prune", "Fine-tune the finalists", FINALISTS * SHORT_EPOCHS, copy.deepcopy(smaller), teacher=teacher
+    )
+    yield plain
+    if config.max_accuracy_drop is not None:
+        yield plain.model_copy(update={"title": "Look for a cheaper policy", "epochs": TIGHTENINGS * SHORT_EPOCHS})
+    yield plain.model_copy(update={"title": "Fine-tune with distillation", "epochs": config.finetune_epochs})
+    if config.noise_epochs:
+        noisy, layers = with_noise(smaller)
+
+        def penalty(progress: float) -> Tensor:
+            return kl_penalty(layers, len(job.data.train), weight_scale=0.05, unit_scale=1e-4, progress=progress)
+
+        title = "Learn the noise of units and weights"
+        yield one_training(job, "prune", title, config.noise_epochs, noisy, teacher=teacher, penalty=penalty)
+        epochs = max(2, config.finetune_epochs // 2)
+        yield plain.model_copy(update={"title": "Fine-tune the remaining weights", "epochs": epochs})
+
+
+def one_training(
+    job: Job,
+    part: Part,
+    title: str,
+    epochs: int,
+    model: nn.Module,
+    *,
+    teacher: nn.Module | None,
+    penalty: Callable[[float], Tensor] | None = None,
+) -> PlannedTraining:
+    """Time one training step of ``model``, which is changed: from the loss of the first batch to that of the second."""
+    size, images = job.config.batch_size, len(job.data.train)
+    few = replace(job.data, train=job.data.train.take(torch.arange(TIMED_STEPS * size) % images))
+    times: list[float] = []
+
+    def at_loss(progress: float) -> Tensor:
+        times.append(time.perf_counter())
+        return penalty(progress) if penalty is not None else torch.zeros(())
+
+    # The rate is next to nothing: weights that are not trained yet must not run away while they are timed.
+    settings = TrainSettings(epochs=1, learning_rate=1e-9, batch_size=size, seed=job.config.seed)
+    train(model, few, settings, teacher=teacher, penalty=at_loss)
+    step_s = times[-1] - times[-2]
+    return PlannedTraining(part=part, title=title, epochs=epochs, steps=math.ceil(images / size), step_s=step_s)

@@ -1,0 +1,257 @@
+"""What a run reports: every artifact measured as a file, one table, and the page that shows it."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgecompress.cost import LatencyModel, average_weight_bits, channels, count, layer_macs
+from edgecompress.data import Dataset, load_data
+from edgecompress.errors import BadDataError, BadFileError
+from edgecompress.exporters.runners import OnnxRuntimeRunner, measure_latency_us
+from edgecompress.files import write_document, write_text
+from edgecompress.finetune import accuracy_and_loss
+from edgecompress.runs import RunFolder
+from edgecompress.spec import (
+    Artifact,
+    ArtifactRow,
+    Column,
+    CompressionPolicy,
+    Goal,
+    LayerChoice,
+    LayerRow,
+    RunReport,
+)
+from edgecompress.stages import Job
+
+ORIGINAL = "original.onnx"
+ORIGINAL_INT8 = "original.int8.onnx"
+UNITS = {"flops": "MACs", "params": "parameters", "size": "B", "bops": "BOPs", "latency": "us"}
+
+
+def evaluate_file(path: Path, data: Dataset, *, optimise: bool = True) -> float:
+    """Top-1 accuracy in [0, 1] of an ONNX file on the test split, in ONNX Runtime."""
+    runner = OnnxRuntimeRunner(path, threads=2, optimise=optimise)
+    fixed = isinstance(runner.session.get_inputs()[0].shape[0], int)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(runner.run(x.numpy()))
+
+    return accuracy_and_loss(forward, data, data.test, 1 if fixed else 256)[0]
+
+
+def is_trt_dialect(path: Path) -> bool:
+    """Whether activations are quantised to s8: such a file is run as written, ONNX Runtime would fuse half of it."""
+    import onnx
+
+    try:
+        graph = onnx.load(path).graph
+    except Exception as error:
+        raise BadFileError(
+            f"{path} is no ONNX file ({type(error).__name__}). Name an exported .onnx or a run folder."
+        ) from error
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    zeros = [
+        types.get(node.input[2]) for node in graph.node if node.op_type == "QuantizeLinear" and len(node.input) > 2
+    ]
+    return onnx.TensorProto.INT8 in zeros
+
+
+def evaluate_artifact(path: Path, data: str, *, image_size: int | None = None, threads: int = 1) -> dict[str, Any]:
+    """Accuracy on the test split and latency of an exported file, or of the integer file of a run folder.
+
+    Raises:
+        BadFileError: the file is missing or no ONNX. BadDataError: the images have another shape than the network's input.
+    """
+    if path.is_dir():
+        path = next(
+            (p for p in (path / "exports" / "model.int8.onnx", path / "exports" / "model.onnx") if p.exists()),
+            path / "exports",
+        )
+    if not path.is_file():
+        raise BadFileError(
+            f"There is no artifact at {path}. Name an exported .onnx file or the folder of a finished run."
+        )
+    as_written = is_trt_dialect(path)
+    runner = OnnxRuntimeRunner(path, threads=threads, optimise=not as_written)
+    dataset = load_data(data, image_size=image_size)
+    wanted, found = runner.session.get_inputs()[0].shape[1:], list(dataset.test.images.shape[1:])
+    if wanted != found:
+        raise BadDataError(
+            f"{path.name} takes images of shape {wanted}, {data} has {found}. Give --image-size {wanted[-1]} or the data it was made for."
+        )
+    image = dataset.normalise(dataset.test.images[:1]).numpy()
+    latency = None if as_written else measure_latency_us(runner, image)
+    del runner
+    return {
+        "file": str(path),
+        "size_bytes": path.stat().st_size,
+        "data": dataset.name,
+        "images": len(dataset.test),
+        "accuracy": evaluate_file(path, dataset, optimise=not as_written),
+        "threads": threads,
+        "median_us": latency["median_us"] if latency else None,
+        "p90_us": latency["p90_us"] if latency else None,
+    }
+
+
+def report_on(
+    job: Job,
+    artifacts: Sequence[Artifact],
+    latency: LatencyModel,
+    about: str,
+    arms: Mapping[str, str],
+    seconds: Mapping[str, float],
+) -> RunReport:
+    """Measure every exported file, one session alive at a time, and put it all into one document."""
+    folder = job.run.file("exports")
+    image = job.data.normalise(job.data.test.images[:1]).numpy()
+    rows: dict[str, ArtifactRow] = {}
+    known = {artifact.path: artifact for artifact in artifacts}
+    timing: dict[str, Mapping[str, float]] = {}
+    for name in [ORIGINAL, ORIGINAL_INT8, *known]:
+        path = folder / name
+        if not path.exists():
+            continue
+        as_written = name in known and known[name].dialect == "trt"
+        if not as_written:
+            timing[name] = measure_latency_us(OnnxRuntimeRunner(path), image)
+        rows[name] = ArtifactRow(
+            name=name,
+            format=known[name].format if name in known else "onnx" if name == ORIGINAL else "onnxruntime",
+            size_bytes=path.stat().st_size,
+            accuracy=evaluate_file(path, job.data, optimise=not as_written),
+            host_latency_us=timing[name]["median_us"] if name in timing else None,
+            checks=known[name].checks if name in known else {},
+        )
+    deployed = next((name for name in known if known[name].format == "onnxruntime"), next(iter(known)))
+    on_target = next((name for name in known if known[name].format == job.target.exporter), deployed)
+    policy = job.run.policy()
+    sizes = {ORIGINAL: rows[ORIGINAL].size_bytes, deployed: rows[on_target].size_bytes}
+    columns = {}
+    for file, chosen in ((ORIGINAL, CompressionPolicy(model=policy.model)), (deployed, policy)):
+        size = partial(_constant, sizes[file])
+        # An integer run is compared with the float original; a float run with the original at the target's precision.
+        cost = count(job.network, chosen, latency, size) if job.integer else job.cost_model(size, latency)(chosen)
+        columns[file] = Column(
+            accuracy=rows[file].accuracy or 0.0,
+            cost=cost,
+            average_weight_bits=average_weight_bits(job.network, chosen),
+            host_latency_us=timing[file]["median_us"],
+            host_latency_p90_us=timing[file]["p90_us"],
+            file=file,
+        )
+    int8 = rows.get(ORIGINAL_INT8)
+    return RunReport(
+        name=job.run.path.name,
+        config=job.config,
+        target=job.target,
+        latency_source=about,
+        original=columns[ORIGINAL],
+        compressed=columns[deployed],
+        original_int8_us=int8.host_latency_us if int8 else None,
+        original_int8_bytes=int8.size_bytes if int8 else None,
+        artifacts=tuple(rows.values()),
+        layers=_layers(job, policy),
+        goals=_goals(job, columns[ORIGINAL], columns[deployed]),
+        found_by=dict(arms),
+        evaluations=_evaluations(job),
+        seconds=dict(seconds),
+        provenance=provenance(job.config.threads),
+    )
+
+
+def _constant(size_bytes: int, kernels: object, params: int) -> int:
+    """A size model of a file that is already written."""
+    return size_bytes
+
+
+def _goals(job: Job, original: Column, compressed: Column) -> tuple[Goal, ...]:
+    goals = []
+    for limit in job.limits:
+        value = compressed.cost.metric(limit.budget.metric)
+        goals.append(
+            Goal(
+                goal=str(limit.budget),
+                value=value,
+                limit=limit.value,
+                unit=UNITS[limit.budget.metric],
+                holds=value <= limit.value,
+            )
+        )
+    if job.config.max_accuracy_drop is not None:
+        drop = 100 * (original.accuracy - compressed.accuracy)
+        allowed = job.config.max_accuracy_drop
+        goals.append(Goal(goal="accuracy drop", value=drop, limit=allowed, unit="points", holds=drop <= allowed))
+    return tuple(goals)
+
+
+def _layers(job: Job, policy: CompressionPolicy) -> tuple[LayerRow, ...]:
+    from edgecompress.exporters.sizes import stored_bytes
+
+    widths = job.network.widths | policy.keep_channels
+    stored = stored_bytes(job.run.quantized(), job.target) if job.run.file("quantized.safetensors").exists() else {}
+    rows = []
+    for layer in job.network.layers:
+        inputs, outputs = channels(layer, widths, job.network.widths)
+        choice = policy.layers.get(layer.name, LayerChoice())
+        rows.append(
+            LayerRow(
+                name=layer.name,
+                kind=layer.kind,
+                in_channels=(layer.in_channels, inputs),
+                out_channels=(layer.out_channels, outputs),
+                macs=(layer.macs, layer_macs(layer, inputs, outputs)),
+                keep_elements=choice.keep_elements,
+                weight_bits=choice.weight_bits,
+                activation_bits=choice.activation_bits,
+                stored_bytes=stored.get(
+                    layer.name, 4 * layer.params * inputs * outputs // (layer.in_channels * layer.out_channels)
+                ),
+            )
+        )
+    return tuple(rows)
+
+
+def _evaluations(job: Job) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for trial in job.run.trials():
+        key = f"{trial.stage}:{trial.arm}"
+        counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+def provenance(threads: int) -> dict[str, str]:
+    """Versions, hardware and date of this process."""
+    packages = ("edgecompress", "torch", "onnxruntime", "onnx", "stable-baselines3", "torch-pruning", "numpy")
+    return {
+        "date": date.today().isoformat(),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {_cpu()}",
+        "threads": str(threads),
+    } | {name: version(name) for name in packages}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def write_report(run: RunFolder, report: RunReport) -> None:
+    """Write ``report.json`` and ``report.html``."""
+    from edgecompress.report_page import render_html
+
+    write_document(run.file("report.json"), report)
+    write_text(run.file("report.html"), render_html(report, run.trials()))

@@ -1,0 +1,413 @@
+"""Build a TensorRT engine on the device that will run it, check it and time it.
+
+Copy this file, the .onnx and reference.npz into one folder on the device, then: python3 build_on_device.py [--fp16]
+It needs TensorRT 8.2 to 11 (part of JetPack) and numpy, nothing else, and writes beside the .onnx:
+  model.engine   valid only for this GPU and this TensorRT version
+  engine.json    TensorRT version, GPU, sha256 of the .onnx, precision per layer, errors, latency, power mode
+Exit codes: 0 built and right, 1 refused, 2 wrong usage, 3 wrong outputs (nothing is written), 4 no TensorRT or no GPU.
+"""
+
+# No syntax later than Python 3.6, which is what JetPack 4.6 has TensorRT for; hence annotations in quotes.
+import argparse
+import ctypes
+import ctypes.util
+import glob
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+WARMUP_S = 0.2
+NO_TENSORRT = (
+    "There is no Python module 'tensorrt' for {0}. On a Jetson it comes with JetPack: sudo apt install "
+    "python3-libnvinfer, then use the system's python3 (a virtual environment needs --system-site-packages). "
+    "Elsewhere: pip install tensorrt."
+)
+
+
+class Problem(Exception):
+    """Something the user has to change; ``code`` is the exit code."""
+
+    def __init__(self, message: str, code: int = 1) -> None:
+        Exception.__init__(self, message)
+        self.code = code
+
+
+def parse_arguments(arguments: "list[str] | None" = None) -> argparse.Namespace:
+    """The command line. Nothing here needs TensorRT."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--onnx", help="the model; by default the only .onnx beside this script")
+    parser.add_argument("--out", help="folder for model.engine and engine.json; by default that of the .onnx")
+    parser.add_argument("--fp16", action="store_true", help="let float layers run in FP16 (TensorRT 8 to 10)")
+    parser.add_argument("--strongly-typed", action="store_true", help="TensorRT 10: take precisions from the file")
+    parser.add_argument("--batch", type=int, default=1, help="batch size where the file leaves it open (default 1)")
+    parser.add_argument("--workspace-mb", type=int, default=512, help="memory for the builder's tactics (default 512)")
+    parser.add_argument("--seconds", type=float, default=3.0, help="how long to time single batches (default 3)")
+    parser.add_argument("--no-check", action="store_true", help="build although there is no reference.npz")
+    parser.add_argument("--max-error", type=float, default=0.1, help="relative L2 error allowed (default 0.1)")
+    parser.add_argument("--min-agreement", type=float, default=0.95, help="top-1 agreement wanted (default 0.95)")
+    return parser.parse_args(arguments)
+
+
+def version_of(text: str) -> "tuple[int, ...]":
+    """``"10.3.0.post1"`` -> ``(10, 3)``."""
+    numbers = re.findall(r"\d+", text)
+    return tuple(int(number) for number in [*numbers, "0", "0"][:2])
+
+
+def has_int8(capability: "tuple[int, ...]") -> bool:
+    """Whether GPUs of this compute capability have INT8 kernels (TensorRT support matrix: 6.1 and from 7.0 on)."""
+    return capability == (6, 1) or capability >= (7, 0)
+
+
+def choose_flags(
+    version: "tuple[int, ...]", capability: "tuple[int, ...]", quantized: bool, args: argparse.Namespace
+) -> "tuple[bool, list[str]]":
+    """``(strongly typed, builder flags)`` for this TensorRT, GPU and file, or a Problem that says what to do."""
+    name = f"TensorRT {version[0]}.{version[1]}"
+    if version < (8, 2):
+        raise Problem(name + " is too old; 8.2 to 11 work. On a Jetson, install JetPack 4.6.1 or later.", 4)
+    if quantized and not has_int8(capability):
+        raise Problem(
+            f"{name} has no INT8 kernels for this GPU (SM {capability[0]}.{capability[1]}; a Jetson Nano is 5.3), "
+            "so this integer model cannot run. Export the float model and build that with --fp16."
+        )
+    if args.fp16 and (version >= (11,) or args.strongly_typed):
+        why = "has no FP16 flag any more" if version >= (11,) else "ignores --fp16 beside --strongly-typed"
+        raise Problem(name + " " + why + ": the file decides every precision. Leave --fp16 out.", 2)
+    if args.strongly_typed and version < (10,):
+        raise Problem(name + " has no strongly typed networks; leave --strongly-typed out.", 2)
+    if version >= (11,) or args.strongly_typed:
+        return True, []
+    return False, (["INT8"] if quantized else []) + (["FP16"] if args.fp16 else [])
+
+
+def find_onnx(named: "str | None", folder: str) -> str:
+    """The file that was named, or the only .onnx in ``folder``."""
+    if named:
+        if not os.path.isfile(named):
+            raise Problem(f"There is no file {named}. Check --onnx.", 2)
+        return named
+    found = sorted(glob.glob(os.path.join(folder, "*.onnx")))
+    if len(found) != 1:
+        names = ", ".join(os.path.basename(path) for path in found) or "none"
+        raise Problem(f"Expected one .onnx in {folder}, found {names}. Name one with --onnx FILE.", 2)
+    return found[0]
+
+
+def read_reference(path: str) -> "tuple[Any, Any]":
+    """``inputs [N, C, H, W]`` and the expected ``outputs [N, classes]``, float32."""
+    if not os.path.isfile(path):
+        raise Problem(f"There is no {path}. Copy it from the export folder, or build unchecked with --no-check.", 2)
+    with np.load(path, allow_pickle=False) as data:
+        missing = [key for key in ("inputs", "outputs") if key not in data]
+        if missing:
+            raise Problem(path + " has no array '" + missing[0] + "'. Export again.", 2)
+        return data["inputs"].astype(np.float32), data["outputs"].astype(np.float32)
+
+
+def compare(outputs: Any, expected: Any) -> "dict[str, float]":
+    """Relative L2 error over all outputs, share of images with the same top-1 class, number of images."""
+    size = max(float(np.linalg.norm(expected)), 1e-12)
+    error = float(np.linalg.norm(outputs.astype(np.float64) - expected)) / size
+    same = float((outputs.reshape(len(outputs), -1).argmax(1) == expected.reshape(len(expected), -1).argmax(1)).mean())
+    return {"relative_error": error, "top1_agreement": same, "images": len(expected)}
+
+
+def summary(times_us: "Iterable[float]") -> "dict[str, float]":
+    """Median, 90th and 99th percentile in microseconds, and the number of runs."""
+    times = np.asarray(list(times_us), np.float64)
+    median, p90, p99 = (float(value) for value in np.percentile(times, (50, 90, 99)))
+    return {"median_us": median, "p90_us": p90, "p99_us": p99, "runs": len(times)}
+
+
+def layer_precisions(information: str) -> "list[dict[str, str]]":
+    """Name, type and ``input`` or ``input -> output`` precision of each layer, from the engine inspector's JSON."""
+    try:
+        layers = json.loads(information).get("Layers", [])
+    except ValueError:
+        return []
+    table = []
+    for found in layers:
+        layer = found if isinstance(found, dict) else {"Name": str(found)}  # type: dict[str, Any]
+        ends = [_datatype(layer.get(side) or []) for side in ("Inputs", "Outputs")]
+        precision = " -> ".join(ends) if ends[0] != ends[1] else ends[0]
+        table.append({"name": layer.get("Name", ""), "type": layer.get("LayerType", "unknown"), "precision": precision})
+    return table
+
+
+def _datatype(tensors: "list[dict[str, Any]]") -> str:
+    # TensorRT 8 to 10 say "Format/Datatype": "Row major Int8 NCHW"; 11 split it in two.
+    first = tensors[0] if tensors else {}
+    text = " ".join(str(first.get(key, "")) for key in ("Format/Datatype", "Datatype", "DataType", "Format"))
+    known = (("INT8", "int8"), ("FP8", "fp8"), ("INT4", "int4"), ("BF16", "bf16|bfloat16"), ("FP16", "fp16|half"))
+    for name, pattern in (*known, ("FP32", "fp32|float"), ("INT32", "int32"), ("INT64", "int64")):
+        if re.search(pattern, text, re.IGNORECASE):
+            return name
+    return "unknown"
+
+
+def power_state(devfreq: str = "/sys/class/devfreq") -> "dict[str, Any]":
+    """nvpmodel's and jetson_clocks' words, and whether the GPU clock is locked (None: cannot be read)."""
+    state = {"nvpmodel": _ask("nvpmodel", "-q"), "jetson_clocks": _ask("jetson_clocks", "--show")}  # type: dict[str, Any]
+    state["gpu_clock_locked"] = None
+    for folder in glob.glob(os.path.join(devfreq, "*.g[apv]*")):  # .gpu, .ga10b, .gv11b, .gp10b
+        try:
+            with open(os.path.join(folder, "min_freq")) as low, open(os.path.join(folder, "max_freq")) as high:
+                state["gpu_clock_locked"] = low.read().strip() == high.read().strip()
+        except OSError:
+            continue
+    return state
+
+
+def _ask(*command: str) -> str:
+    if shutil.which(command[0]) is None:
+        return "not installed"
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=20)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "failed: " + str(error)
+    return done.stdout.decode("utf-8", "replace").strip()
+
+
+class Cuda:
+    """The few calls of the CUDA runtime that are needed, through ctypes, so that no other package is."""
+
+    def __init__(self, library: Any = None) -> None:
+        self.library = library or _load_cuda()
+        count = ctypes.c_int()
+        if self.library.cudaGetDeviceCount(ctypes.byref(count)) != 0 or count.value == 0:
+            raise Problem("CUDA sees no GPU. Run this on the device, as a user that may use its GPU.", 4)
+
+    def call(self, name: str, *arguments: Any) -> None:
+        code = getattr(self.library, name)(*arguments)
+        if code != 0:
+            raise Problem(f"{name} failed with CUDA error {code}. Is the GPU free and its memory large enough?")
+
+    def new(self, name: str, *arguments: Any) -> Any:
+        """The handle or address that ``name`` creates."""
+        made = ctypes.c_void_p()
+        self.call(name, ctypes.byref(made), *arguments)
+        return made
+
+    def copy(self, to: Any, source: Any, size_bytes: int, kind: int) -> None:
+        """``kind`` 1: host to device, 2: device to host."""
+        to, source = ctypes.c_void_p(to), ctypes.c_void_p(source)
+        self.call("cudaMemcpy", to, source, ctypes.c_size_t(size_bytes), ctypes.c_int(kind))
+
+    def elapsed_us(self, start: Any, end: Any) -> float:
+        milliseconds = ctypes.c_float()
+        self.call("cudaEventElapsedTime", ctypes.byref(milliseconds), start, end)
+        return milliseconds.value * 1000.0
+
+    def device(self) -> "tuple[str, tuple[int, ...]]":
+        """Name and compute capability of GPU 0."""
+        properties = ctypes.create_string_buffer(1 << 16)  # more than any version's struct, which starts with the name
+        self.call("cudaGetDeviceProperties", properties, ctypes.c_int(0))
+        numbers = []
+        for attribute in (75, 76):  # cudaDevAttrComputeCapabilityMajor, Minor
+            value = ctypes.c_int()
+            self.call("cudaDeviceGetAttribute", ctypes.byref(value), ctypes.c_int(attribute), ctypes.c_int(0))
+            numbers.append(value.value)
+        return properties.value.decode("utf-8", "replace"), tuple(numbers)
+
+
+def _load_cuda() -> Any:
+    names = [ctypes.util.find_library("cudart"), "libcudart.so"]
+    names += ["libcudart.so." + number for number in ("13", "12", "11.0", "10.2")]
+    for folder in ["/usr/local/cuda*/lib64"] + [os.path.join(path, "nvidia", "*", "lib") for path in sys.path]:
+        names += sorted(glob.glob(os.path.join(folder, "libcudart.so*")))
+    for name in names:
+        try:
+            if name:
+                return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise Problem("The CUDA runtime (libcudart.so) cannot be loaded. Add its folder to LD_LIBRARY_PATH.", 4)
+
+
+class Session:
+    """An engine with one float32 input and one float32 output, at a fixed batch size."""
+
+    def __init__(self, trt: Any, engine: Any, cuda: Cuda, batch: int) -> None:
+        self.cuda, self.stream, self.context = cuda, cuda.new("cudaStreamCreate"), engine.create_execution_context()
+        self.named = hasattr(engine, "num_io_tensors")  # TensorRT 8.5 replaced bindings by names, 10 removed bindings
+        if self.named:
+            keys = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
+            is_input = [engine.get_tensor_mode(key) == trt.TensorIOMode.INPUT for key in keys]
+            get_shape, set_shape = self.context.get_tensor_shape, self.context.set_input_shape
+        else:
+            keys = list(range(engine.num_bindings))
+            is_input = [engine.binding_is_input(key) for key in keys]
+            get_shape, set_shape = self.context.get_binding_shape, self.context.set_binding_shape
+        entry, result = keys[is_input.index(True)], keys[is_input.index(False)]
+        self.shape = tuple(batch if size == -1 else size for size in get_shape(entry))
+        set_shape(entry, self.shape)
+        self.images, self.result = np.zeros(self.shape, np.float32), np.empty(tuple(get_shape(result)), np.float32)
+        sizes = {entry: self.images.nbytes, result: self.result.nbytes}
+        self.addresses = [cuda.new("cudaMalloc", ctypes.c_size_t(sizes[key])).value for key in keys]
+        self.source, self.target = self.addresses[keys.index(entry)], self.addresses[keys.index(result)]
+        if self.named:
+            for key, address in zip(keys, self.addresses):  # noqa: B905
+                self.context.set_tensor_address(key, address)
+
+    def enqueue(self) -> None:
+        if self.named:
+            done = self.context.execute_async_v3(self.stream.value)
+        else:
+            done = self.context.execute_async_v2(self.addresses, self.stream.value)
+        if done is False:
+            raise Problem("TensorRT could not execute the engine; its messages stand above.")
+
+    def run(self, images: Any) -> Any:
+        """Outputs ``[N, ...]`` for ``images [N, C, H, W]``; the last batch is filled up with what was there before."""
+        if images.shape[1:] != self.shape[1:]:
+            raise Problem(f"reference.npz has images {images.shape[1:]}, the engine takes {self.shape[1:]}.", 2)
+        results = []
+        for start in range(0, len(images), self.shape[0]):
+            part = images[start : start + self.shape[0]]
+            self.images[: len(part)] = part
+            self.cuda.copy(self.source, self.images.ctypes.data, self.images.nbytes, 1)
+            self.enqueue()
+            self.cuda.call("cudaStreamSynchronize", self.stream)
+            self.cuda.copy(self.result.ctypes.data, self.target, self.result.nbytes, 2)
+            results.append(self.result[: len(part)].copy())
+        return np.concatenate(results)
+
+
+def measure(session: Session, seconds: float, clock: "Callable[[], float]" = time.perf_counter) -> "dict[str, Any]":
+    """Time one batch at a time without transfers: ``gpu`` between CUDA events, ``host`` until synchronised."""
+    cuda, stream = session.cuda, session.stream
+    start, end = cuda.new("cudaEventCreate"), cuda.new("cudaEventCreate")
+    gpu, host = [], []  # type: list[float], list[float]
+    begin = clock()
+    while len(host) < 20 or clock() < begin + WARMUP_S + seconds:
+        before = clock()
+        cuda.call("cudaEventRecord", start, stream)
+        session.enqueue()
+        cuda.call("cudaEventRecord", end, stream)
+        cuda.call("cudaStreamSynchronize", stream)
+        after = clock()
+        if after > begin + WARMUP_S:
+            gpu.append(cuda.elapsed_us(start, end))
+            host.append((after - before) * 1e6)
+    return {"batch": session.shape[0], "warmup_s": WARMUP_S, "gpu": summary(gpu), "host": summary(host)}
+
+
+def build_plan(trt: Any, data: bytes, typed: bool, flags: "list[str]", args: argparse.Namespace) -> bytes:
+    """Parse and build; the serialised engine."""
+    kinds = trt.NetworkDefinitionCreationFlag
+    wanted = "STRONGLY_TYPED" if typed else "EXPLICIT_BATCH"  # a version without the flag always does what it says
+    logger = trt.Logger(trt.Logger.WARNING)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(getattr(kinds, wanted)) if hasattr(kinds, wanted) else 0)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(data):
+        errors = "; ".join(str(parser.get_error(number)) for number in range(parser.num_errors))
+        raise Problem(f"TensorRT {trt.__version__} refuses the model: {errors}")
+    config = builder.create_builder_config()
+    if hasattr(config, "set_memory_pool_limit"):  # since 8.4
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, args.workspace_mb << 20)
+    else:
+        config.max_workspace_size = args.workspace_mb << 20
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    for flag in flags:
+        config.set_flag(getattr(trt.BuilderFlag, flag))
+    entry = network.get_input(0)
+    if -1 in tuple(entry.shape):
+        profile = builder.create_optimization_profile()
+        one, batch = (tuple(size if free == -1 else free for free in entry.shape) for size in (1, args.batch))
+        profile.set_shape(entry.name, one, batch, batch)
+        config.add_optimization_profile(profile)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise Problem(
+            f"TensorRT {trt.__version__} could not build an engine; the reason stands above. 'Could not find any "
+            "implementation for node X' means that this GPU has no INT8 kernel for X: export again with X left float."
+        )
+    return bytes(plan)
+
+
+def build(args: argparse.Namespace, say: "Callable[[str], None]" = print) -> "dict[str, Any]":
+    """Build, check, time, write; returns what engine.json holds."""
+    try:
+        import tensorrt as trt
+    except ImportError as error:
+        raise Problem(NO_TENSORRT.format(sys.executable), 4) from error
+    path = find_onnx(args.onnx, os.path.dirname(os.path.abspath(__file__)))
+    folder = args.out or os.path.dirname(os.path.abspath(path))
+    with open(path, "rb") as file:
+        data = file.read()
+    reference = None if args.no_check else read_reference(os.path.join(os.path.dirname(path), "reference.npz"))
+    cuda = Cuda()
+    gpu, capability = cuda.device()
+    sm = f"{capability[0]}.{capability[1]}"
+    quantized = b"DequantizeLinear" in data  # operator names are plain text in an ONNX file
+    typed, flags = choose_flags(version_of(trt.__version__), capability, quantized, args)
+    precisions = "+".join(flags) or ("precisions of the file" if typed else "FP32")
+    say(f"TensorRT {trt.__version__} on {gpu} ({sm}), {precisions}")
+    if "FP16" not in flags and not typed:
+        say("Float layers run in FP32. --fp16 is usually faster.")
+    plan = build_plan(trt, data, typed, flags, args)
+    runtime = trt.Runtime(trt.Logger(trt.Logger.WARNING))
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise Problem("The engine was built but cannot be loaded; the reason stands above.")
+    information = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    layers = layer_precisions(information)
+    for layer in layers:
+        say("  {precision:16s} {type:20s} {name}".format(**layer))
+    session = Session(trt, engine, cuda, args.batch)
+    record = {
+        "schema_version": 1, "tensorrt": trt.__version__, "gpu": gpu, "compute_capability": sm,
+        "onnx": os.path.basename(path), "onnx_sha256": hashlib.sha256(data).hexdigest(), "size_bytes": len(plan),
+        "engine_sha256": hashlib.sha256(plan).hexdigest(), "strongly_typed": typed, "builder_flags": flags,
+        "layers": layers, "check": None, "power": power_state(),
+    }  # type: dict[str, Any]  # fmt: skip
+    if reference is not None:
+        record["check"] = check = compare(session.run(reference[0]), reference[1])
+        say("error {relative_error:.4f}, top-1 agreement {top1_agreement:.4f} on {images} images".format(**check))
+        if not (check["relative_error"] <= args.max_error and check["top1_agreement"] >= args.min_agreement):
+            raise Problem(
+                f"The outputs differ from reference.npz by more than --max-error {args.max_error} or agree on less "
+                f"than --min-agreement {args.min_agreement}; nothing was written.", 3
+            )  # fmt: skip
+    record["latency"] = latency = measure(session, args.seconds)
+    say("median {median_us:.1f} us, p90 {p90_us:.1f}, p99 {p99_us:.1f} on the GPU".format(**latency["gpu"]))
+    if record["power"]["gpu_clock_locked"] is False:
+        say("The GPU clock is not locked: for repeatable times run sudo jetson_clocks first.")
+    write(os.path.join(folder, "model.engine"), plan)
+    write(os.path.join(folder, "engine.json"), (json.dumps(record, indent=1) + "\n").encode())
+    return record
+
+
+def write(path: str, data: bytes) -> None:
+    """A whole file or nothing."""
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path + ".part", "wb") as file:
+            file.write(data)
+        os.replace(path + ".part", path)
+    except OSError as error:
+        raise Problem(f"Cannot write {path}: {error.strerror}. Name another folder with --out.") from error
+
+
+def main(arguments: "list[str] | None" = None) -> int:
+    try:
+        build(parse_arguments(arguments))
+    except Problem as problem:
+        print("error: " + str(problem), file=sys.stderr)
+        return problem.code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""An integer emulator of the ``ort`` dialect that equals ONNX Runtime bit for bit on x86 CPUs with VNNI.
+
+It is the proof that a file computes what the policy says. Operators without an integer kernel run as named float islands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from edgecompress.exporters.to_onnxruntime import int32_bias, zero_point
+from edgecompress.graph import Graph, Node
+from edgecompress.interpret import apply, conv_padding, float_constants
+from edgecompress.quantize import QuantizedGraph, TensorRange, is_fused_activation
+
+INTEGER_OPS = ("Conv", "Gemm", "Add", "MaxPool", "GlobalAveragePool", "Flatten", "Reshape", "Concat", "Transpose")
+
+
+def float_islands(quantized: QuantizedGraph) -> list[str]:
+    """Operators that will run in float, as ``op name``."""
+    graph = quantized.graph
+    islands = []
+    for node in graph.nodes:
+        integer = node.op in INTEGER_OPS and (node.op not in ("Conv", "Gemm") or node.name in quantized.weights)
+        if not integer and not is_fused_activation(graph, node):
+            islands.append(f"{node.op} {node.name}")
+    return islands
+
+
+def emulate(quantized: QuantizedGraph, x: Tensor) -> Tensor:
+    """Outputs ``[N, ...]`` float32 for normalised images ``[N, C, H, W]`` float32, as ONNX Runtime computes them."""
+    graph = quantized.graph
+    activations = {node.inputs[0]: node for node in graph.nodes if is_fused_activation(graph, node)}
+    fused = {before: node.outputs[0] for before, node in activations.items()}
+    constants = float_constants(graph)
+
+    def activated(node: Node, result: Tensor) -> Tensor:
+        after = activations.get(node.outputs[0])
+        return result if after is None else apply(after, [result, *(constants.get(name) for name in after.inputs[1:])])
+
+    floats: dict[str, Tensor] = {}
+    integers: dict[str, Tensor] = {graph.inputs[0]: _quantize(x, quantized.tensors[graph.inputs[0]])}
+    for node in graph.nodes:
+        value = node.outputs[0]
+        if value in integers or value in floats:
+            continue
+        value = fused.get(value, value)
+        how = quantized.tensors.get(value)
+        kernel = KERNELS.get(node.op)
+        layer = node.op in ("Conv", "Gemm")
+        if (layer and node.name not in quantized.weights) or (how is None and not layer):
+            kernel = None  # float weights, or an output that is not quantised: ONNX Runtime computes it in float
+        if kernel is not None and all(name in integers for name in _activations(graph, node)):
+            result = kernel(node, integers, quantized, how)
+            if how is None:
+                floats[value] = activated(node, result)
+            else:
+                integers[value] = _clip(result, how)
+            continue
+        arguments = [_float(name, floats, integers, quantized, constants) for name in node.inputs]
+        result = apply(node, arguments)
+        result = activated(node, result)
+        if how is None:
+            floats[value] = result
+        else:
+            integers[value] = _quantize(result, how)
+    return floats[graph.outputs[0]]
+
+
+def _activations(graph: Graph, node: Node) -> list[str]:
+    return [name for name in node.inputs if name and name not in graph.constants]
+
+
+def _float(
+    name: str,
+    floats: Mapping[str, Tensor],
+    integers: Mapping[str, Tensor],
+    quantized: QuantizedGraph,
+    constants: Mapping[str, Tensor],
+) -> Tensor | None:
+    if name in integers:
+        how = quantized.tensors[name]
+        return (integers[name] - zero_point(how)).float() * _float32(how.scale)
+    return floats.get(name, constants.get(name)) if name else None
+
+
+def _float32(scale: float) -> float:
+    return float(np.float32(scale))
+
+
+def _quantize(x: Tensor, how: TensorRange) -> Tensor:
+    return _clip((x / _float32(how.scale)).round() + zero_point(how), how)
+
+
+def _clip(q: Tensor, how: TensorRange) -> Tensor:
+    """Saturate in the u8 container, then the integer Clip of fewer bits."""
+    low, high = how.limits
+    return q.clamp(0, 255).clamp(low + zero_point(how), high + zero_point(how)).to(torch.int32)
+
+
+def _conv(node: Node, integers: Mapping[str, Tensor], quantized: QuantizedGraph, how: TensorRange | None) -> Tensor:
+    source = quantized.tensors[node.inputs[0]]
+    weight = quantized.weights[node.name]
+    x = (integers[node.inputs[0]] - zero_point(source)).double()
+    w = torch.from_numpy(weight.values).double()
+    if node.op == "Conv":
+        left, right, top, bottom = conv_padding(node)
+        strides, dilations = (
+            tuple(node.attributes.get("strides", (1, 1))),
+            tuple(node.attributes.get("dilations", (1, 1))),
+        )
+        total = F.conv2d(
+            F.pad(x, (left, right, top, bottom)), w, None, strides, 0, dilations, int(node.attributes.get("group", 1))
+        )
+    else:
+        total = F.linear(x, w if node.attributes.get("transB", 0) else w.t())
+    shape = (1, -1, *(1,) * (total.dim() - 2))
+    scales = np.float32(source.scale) * weight.scale
+    if len(node.inputs) > 2 and node.inputs[2]:
+        bias = int32_bias(quantized.graph.constants[node.inputs[2]], source.scale, weight.scale)
+        total = total + torch.from_numpy(bias).double().view(shape)
+    if how is None:
+        return total.float() * torch.from_numpy(scales).view(shape)
+    multiplier = torch.from_numpy(scales / np.float32(how.scale)).view(shape)
+    return (total.float() * multiplier).round() + zero_point(how)
+
+
+def _add(node: Node, integers: Mapping[str, Tensor], quantized: QuantizedGraph, how: TensorRange | None) -> Tensor:
+    """QLinearAdd: ``round(fma(a, ra, fma(b, rb, zc - (ra * za + rb * zb))))`` in float32."""
+    assert how is not None
+    first, second = (quantized.tensors[name] for name in node.inputs)
+    ratio_a, ratio_b = np.float32(first.scale) / np.float32(how.scale), np.float32(second.scale) / np.float32(how.scale)
+    za, zb, zc = np.float32(zero_point(first)), np.float32(zero_point(second)), np.float32(zero_point(how))
+    offset = np.float32(zc - np.float32(np.float32(ratio_a * za) + np.float32(ratio_b * zb)))
+    a, b = (integers[name].double() for name in node.inputs)
+    inner = (b * float(ratio_b) + float(offset)).float()
+    return (a * float(ratio_a) + inner.double()).float().round()
+
+
+def _global_average(
+    node: Node, integers: Mapping[str, Tensor], quantized: QuantizedGraph, how: TensorRange | None
+) -> Tensor:
+    """The integer sum times ``scale_x / (scale_y * positions)``, as MLAS requantises it."""
+    assert how is not None
+    source = quantized.tensors[node.inputs[0]]
+    x = integers[node.inputs[0]] - zero_point(source)
+    positions = x.shape[2] * x.shape[3]
+    multiplier = np.float32(source.scale) / np.float32(np.float32(how.scale) * np.float32(positions))
+    return (x.sum((2, 3), keepdim=True).float() * float(multiplier)).round() + zero_point(how)
+
+
+def _concat(node: Node, integers: Mapping[str, Tensor], quantized: QuantizedGraph, how: TensorRange | None) -> Tensor:
+    assert how is not None
+    parts = []
+    for name in node.inputs:
+        source = quantized.tensors[name]
+        if (source.scale, source.signed) == (how.scale, how.signed):
+            parts.append(integers[name].float())
+        else:
+            real = (integers[name] - zero_point(source)).float() * _float32(source.scale)
+            parts.append((real / _float32(how.scale)).round() + zero_point(how))
+    return torch.cat(parts, int(node.attributes["axis"]))
+
+
+def _same(node: Node, integers: Mapping[str, Tensor], quantized: QuantizedGraph, how: TensorRange | None) -> Tensor:
+    """Operators that only move integers."""
+    value = integers[node.inputs[0]].float()
+    constants = [torch.from_numpy(quantized.graph.constants[name].copy()) for name in node.inputs[1:]]
+    return apply(node, [value, *constants])
+
+
+KERNELS: dict[str, Callable[[Node, Mapping[str, Tensor], QuantizedGraph, TensorRange | None], Tensor]] = {
+    "Conv": _conv,
+    "Gemm": _conv,
+    "Add": _add,
+    "GlobalAveragePool": _global_average,
+    "Concat": _concat,
+    "MaxPool": _same,
+    "Flatten": _same,
+    "Reshape": _same,
+    "Transpose": _same,
+}

@@ -1,0 +1,93 @@
+"""Small helpers that every ONNX writer shares: names, tensors, the model around a list of nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from edgecompress.graph import Graph, Node
+
+# The IR version that belongs to an opset (onnx's Versioning.md); an older runtime refuses a newer IR.
+IR_VERSIONS = {15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
+BASE_OPSET = 17
+
+
+class Names:
+    """Short unique names (``a``, ``b``, ..., ``aa``): in a small network names would outweigh the weights."""
+
+    def __init__(self, reserved: Sequence[str] = ()) -> None:
+        self._count = 0
+        self._reserved = set(reserved)
+
+    def new(self) -> str:
+        """The next name."""
+        number, text = self._count, ""
+        self._count += 1
+        while True:
+            text = chr(ord("a") + number % 26) + text
+            number = number // 26 - 1
+            if number < 0:
+                break
+        return self.new() if text in self._reserved else text
+
+
+def tensor(name: str, values: np.ndarray[Any, Any]) -> TensorProto:
+    """An initialiser in raw bytes (4- and 2-bit types packed). A scalar stays one: ONNX Runtime fuses no [1] scales."""
+    return numpy_helper.from_array(np.asarray(values, order="C"), name)
+
+
+def node(op: str, inputs: Sequence[str], outputs: Sequence[str], name: str = "", **attributes: Any) -> onnx.NodeProto:
+    """An operator; most nodes need no name."""
+    return helper.make_node(op, list(inputs), list(outputs), name=name or None, **attributes)
+
+
+def attributes_of(source: Node) -> dict[str, Any]:
+    """The attributes worth writing: ONNX's defaults are left out."""
+    defaults: Mapping[str, Any] = {
+        "group": 1, "auto_pad": "NOTSET", "alpha": 1.0, "beta": 1.0, "transA": 0, "storage_order": 0, "ceil_mode": 0,
+    }  # fmt: skip
+    kept = {}
+    for key, value in source.attributes.items():
+        plain = list(value) if isinstance(value, tuple | list) else value
+        ones = key in ("strides", "dilations") and all(v == 1 for v in plain)
+        zeros = key == "pads" and not any(plain)
+        if not (
+            ones or zeros or (key in defaults and plain == defaults[key] and source.op in ("Conv", "Gemm", "MaxPool"))
+        ):
+            kept[key] = plain
+    return kept
+
+
+def model_around(
+    graph: Graph,
+    nodes: Sequence[onnx.NodeProto],
+    initializers: Sequence[TensorProto],
+    *,
+    opset: int,
+    batch: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> onnx.ModelProto:
+    """A checked model whose input and output keep the graph's names, with a dynamic batch unless ``batch`` is given."""
+    sizes: list[int | str] = [batch if batch else "N"]
+    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, sizes + list(graph.shapes[n])) for n in graph.inputs]
+    outputs = [
+        helper.make_tensor_value_info(n, TensorProto.FLOAT, sizes + list(graph.shapes[n])) for n in graph.outputs
+    ]
+    model = helper.make_model(
+        helper.make_graph(list(nodes), "g", inputs, outputs, list(initializers)),
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=IR_VERSIONS[opset],
+        producer_name="edgecompress",
+    )
+    for key, value in (metadata or {}).items():
+        model.metadata_props.append(onnx.StringStringEntryProto(key=f"edgecompress.{key}", value=value))
+    return model
+
+
+def inputs_of(source: Node, rename: Mapping[str, str]) -> list[str]:
+    """A node's inputs under new names."""
+    return [rename.get(name, name) for name in source.inputs]

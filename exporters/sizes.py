@@ -1,0 +1,94 @@
+"""Bytes that a file will have, before it is written: what the searches are charged for `size`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from edgecompress.cost import Kernel, layer_params
+from edgecompress.exporters.onnx_writing import Names
+from edgecompress.exporters.packing import store
+from edgecompress.quantize import QuantizedGraph, QuantizedWeight, Simulator
+from edgecompress.spec import LayerSpec, Target
+
+CLIP_BYTES, LIMIT_BYTES = 25, 11  # a Clip node; a u8 scalar
+CHANNEL_BYTES = 8  # one float32 scale and one int32 or float32 bias per output channel
+
+
+class PlannedSize:
+    """Stage 1: the file of the unpruned network at 8 bits, shrunk with the weights at ``bits`` planned for stage 2.
+
+    Args:
+        fixed_bytes: everything but weights, scales and biases: nodes, names, activation ranges.
+        bits: 8 where the target's dialect stores nothing smaller, otherwise the average that stage 2 is expected to reach.
+    """
+
+    def __init__(self, fixed_bytes: int, bits: float) -> None:
+        self._fixed, self._bits = fixed_bytes, bits
+
+    @classmethod
+    def from_file(cls, file_bytes: int, layers: Sequence[LayerSpec], bits: float) -> PlannedSize:
+        """Take what is not weights off the integer file of the unpruned network."""
+        weights = sum(layer_params(layer, layer.in_channels, layer.out_channels) for layer in layers)
+        return cls(file_bytes - weights - sum(CHANNEL_BYTES * layer.out_channels for layer in layers), bits)
+
+    def __call__(self, kernels: Sequence[Kernel], params: int) -> int:
+        weights = sum(layer_params(k.layer, k.in_channels, k.out_channels) for k in kernels)
+        return round(self._fixed + weights * self._bits / 8 + sum(CHANNEL_BYTES * k.out_channels for k in kernels))
+
+
+class FileSize:
+    """Stage 2: exact weight storage per layer and bit-width around a fixed rest.
+
+    Args:
+        base_bytes: the integer file at 8 bits, as written for the target's dialect.
+    """
+
+    def __init__(self, simulator: Simulator, base_bytes: int, target: Target) -> None:
+        self._simulator, self._target = simulator, target
+        self._layers = {layer.name: layer for layer in simulator.graph.layers}
+        self._stored: dict[tuple[str, int], int] = {}
+        written = (_weight_bytes(simulator.weight(layer, 8), target) for layer in self._layers.values())
+        self._fixed = base_bytes - sum(written)
+
+    def stored(self, layer: str, bits: int) -> int:
+        """Bytes of one layer's weights in the file at most, unpacking nodes included.
+
+        Weights that only round to zero count as non-zero: training may move them, pruned ones stay zero.
+        """
+        key = (layer, min(bits, 8))
+        if key not in self._stored:
+            node = self._layers[layer]
+            weight = self._simulator.weight(node, key[1])
+            alive = (self._simulator.graph.constants[node.inputs[1]] != 0) & (weight.values == 0)
+            self._stored[key] = _weight_bytes(
+                replace(weight, values=weight.values + alive.astype(np.int8)), self._target
+            )
+        return self._stored[key]
+
+    def __call__(self, kernels: Sequence[Kernel], params: int) -> int:
+        weights = sum(self.stored(kernel.layer.name, kernel.weight_bits) for kernel in kernels)
+        return self._fixed + weights + self._clips(kernels)
+
+    def _clips(self, kernels: Sequence[Kernel]) -> int:
+        """Bytes of the Clip nodes of inputs below 8 bits and of the limits that they share."""
+        readers = self._simulator.points.layer_input
+        clipped = {
+            readers[k.layer.name]: k.activation_bits
+            for k in kernels
+            if k.activation_bits < 8 and k.layer.name in readers
+        }
+        return CLIP_BYTES * len(clipped) + LIMIT_BYTES * 2 * len(set(clipped.values()))
+
+
+def _weight_bytes(weight: QuantizedWeight, target: Target) -> int:
+    if target.dialect == "trt":  # TensorRT stores low-bit convolution weights as int8
+        return int(weight.values.size)
+    return store(weight.values, weight.bits, Names(), max_opset=target.max_opset).size_bytes
+
+
+def stored_bytes(quantized: QuantizedGraph, target: Target) -> dict[str, int]:
+    """Bytes of every layer's weights in the target's file."""
+    return {name: _weight_bytes(weight, target) for name, weight in quantized.weights.items()}

@@ -1,0 +1,178 @@
+"""The proof that an exported file is right. A check is a value in ``export.json``; a failed one refuses the artifact."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+
+from edgecompress.cost import kernels
+from edgecompress.exporters.emulate import emulate, float_islands
+from edgecompress.exporters.runners import OnnxRuntimeRunner
+from edgecompress.graph import Graph
+from edgecompress.interpret import float_constants, run
+from edgecompress.quantize import QuantizedGraph, simulate
+from edgecompress.spec import CompressionPolicy, Network
+
+Images = NDArray[np.float32]
+Value = str | float | int | bool
+FLOAT_OPS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "NhwcFusedConv")
+
+
+@dataclass
+class Checks:
+    """Values found, and sentences about those that failed."""
+
+    values: dict[str, Value] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def require(self, holds: bool, name: str, value: Value, otherwise: str) -> None:
+        """Record ``value``; a check that does not hold is a failure."""
+        self.values[name] = value
+        if not holds:
+            self.failures.append(otherwise)
+
+
+def has_vnni() -> bool:
+    """Whether this CPU multiplies u8 by s8 exactly (x86 with VNNI); without it AVX2 kernels may saturate."""
+    try:
+        return platform.machine() in ("x86_64", "AMD64") and "vnni" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def agreement(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
+    """Share of images with the same top-1 class."""
+    return float((first.argmax(1) == second.argmax(1)).mean())
+
+
+def optimised_operators(model: bytes) -> Counter[str]:
+    """Operators of the graph that ONNX Runtime really runs (before layout transformation)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimised.onnx"
+        OnnxRuntimeRunner(model, optimised_path=path)
+        return Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+def check_float(model: bytes, graph: Graph, images: Images) -> Checks:
+    """The float file against our own evaluation of the graph in torch."""
+    checks = Checks()
+    onnx.checker.check_model(model, full_check=True)
+    found = OnnxRuntimeRunner(model).run(images)
+    with torch.no_grad():
+        wanted = run(graph, torch.from_numpy(images), float_constants(graph)).numpy()
+    error = float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-9))
+    checks.require(
+        error < 1e-3, "relative_error", error, f"the file's outputs differ by {error:.2%} from the network's"
+    )
+    return checks
+
+
+def check_shapes(graph: Graph, network: Network, policy: CompressionPolicy) -> Checks:
+    """Every layer's initialiser has the channels that the policy says: removed, not masked."""
+    checks = Checks()
+    found = {layer.name: graph.constants[layer.inputs[1]].shape for layer in graph.layers}
+    elements = 0
+    for kernel in kernels(network, policy):
+        shape = found.get(kernel.layer.name)
+        if shape is None or kernel.layer.kind == "transposed":
+            continue
+        elements += int(np.prod(shape))
+        wanted = (
+            kernel.out_channels,
+            1 if kernel.layer.kind == "depthwise" else kernel.in_channels // kernel.layer.groups,
+        )
+        checks.require(
+            tuple(shape[:2]) == wanted, "shapes_match_policy", not checks.failures,
+            f"layer {kernel.layer.name} has weights {shape}, the policy says {wanted}",
+        )  # fmt: skip
+    checks.values["weight_elements"] = elements
+    return checks
+
+
+def check_ort(model: bytes, quantized: QuantizedGraph, images: Images) -> Checks:
+    """Fusion in ONNX Runtime and equality with the integer emulator."""
+    checks = Checks()
+    onnx.checker.check_model(model, full_check=True)
+    operators = optimised_operators(model)
+    floats = sum(operators[name] for name in FLOAT_OPS)
+    stay_float = sum(layer.name not in quantized.weights for layer in quantized.graph.layers)
+    integer = operators["QLinearConv"] + operators["QGemm"]
+    wanted = len(quantized.weights)
+    checks.require(
+        floats <= stay_float and integer == wanted, "float_conv_or_gemm", floats,
+        f"ONNX Runtime fused {integer} of {wanted} quantised layers and left {floats} in float",
+    )  # fmt: skip
+    checks.values["integer_layers"] = integer
+    islands = float_islands(quantized)
+    checks.values["float_islands"] = ", ".join(islands) or "none"
+    found = OnnxRuntimeRunner(model).run(images)
+    with torch.no_grad():
+        x = torch.from_numpy(images)
+        exact, floating = emulate(quantized, x).numpy(), simulate(quantized, x).numpy()
+    difference = float(np.abs(found - exact).max())
+    same = agreement(found, exact)
+    holds = difference == 0.0 if has_vnni() and not islands else same >= 0.995
+    checks.require(
+        holds, "emulator_max_difference", difference, f"ONNX Runtime differs from the integer emulator by {difference}"
+    )
+    checks.values["emulator_agreement"] = same
+    checks.values["simulator_agreement"] = agreement(found, floating)
+    return checks
+
+
+def check_trt(model: bytes, quantized: QuantizedGraph, images: Images) -> Checks:
+    """The dialect's rules, agreement when run as written, and whether TensorRT-RTX accepts it where that is installed."""
+    from edgecompress.exporters.check_tensorrt import check_builds
+    from edgecompress.exporters.to_tensorrt import lint
+
+    checks = Checks()
+    broken = lint(onnx.load_from_string(model))
+    checks.require(
+        not broken,
+        "dialect_lint",
+        "; ".join(broken) or "clean",
+        f"the file breaks the dialect: {'; '.join(broken[:1])}",
+    )
+    runner = OnnxRuntimeRunner(model, optimise=False)
+    found = np.concatenate([runner.run(image[None]) for image in images])
+    with torch.no_grad():
+        wanted = simulate(quantized, torch.from_numpy(images)).numpy()
+    same = agreement(found, wanted)
+    error = float(np.linalg.norm(found - wanted) / max(float(np.linalg.norm(wanted)), 1e-9))
+    # s8 behind a ReLU has half the resolution of the simulator's u8: some error is the dialect's, much is a defect.
+    checks.require(error < 0.25, "simulator_error", error, f"its outputs differ by {error:.0%} from the simulator's")
+    checks.require(
+        same >= 0.9, "simulator_agreement", same, f"only {same:.1%} of its top-1 classes agree with the simulator"
+    )
+    builds = check_builds(model)
+    checks.values |= {
+        f"tensorrt_rtx_{key.removeprefix('tensorrt_rtx')}".rstrip("_"): value for key, value in builds.items()
+    }
+    refused = {key: value for key, value in builds.items() if key.startswith("SM") and value != "built"}
+    if refused:
+        checks.failures.append(f"TensorRT-RTX refuses the file: {next(iter(refused.values()))}")
+    return checks
+
+
+def merged(*parts: Checks) -> Checks:
+    """All values and failures together."""
+    values: dict[str, Value] = {}
+    for part in parts:
+        values |= part.values
+    return Checks(values, [failure for part in parts for failure in part.failures])
+
+
+def one_line(values: Mapping[str, Value]) -> str:
+    """The checks for a log line."""
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
+    )

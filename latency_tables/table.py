@@ -1,0 +1,248 @@
+"""One measured device as a CSV that only grows, with a JSON file of provenance beside it.
+
+A row is keyed by the shape and precision of one fused kernel, never by a layer's position in a network. A later row
+with the same key replaces an earlier one. Rows of another device, runtime, version or thread count have their own file.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, cast, get_args
+
+from edgecompress.cost import Kernel
+from edgecompress.errors import BadFileError
+from edgecompress.files import disk_error, read_document, write_bytes, write_document, write_text
+from edgecompress.spec import Document, Frozen
+
+Dtype = Literal["fp32", "fp16", "int8"]
+Status = Literal["ok", "contended", "unsupported", "failed"]
+OTHER = "other"
+USABLE: tuple[Status, ...] = ("ok", "contended")
+
+
+class KernelKey(NamedTuple):
+    """Shape and precision of one fused kernel (convolution or linear layer with folded BatchNorm and activation).
+
+    The kind `OTHER` is what a whole network spends outside of such kernels: there ``in_channels`` counts the layers,
+    ``out_channels`` the elements that they put out, and ``in_h``, ``in_w`` are the first layer's. It may be below zero:
+    kernels are timed under the profiler, which adds about a microsecond to each, and a whole network without it.
+    """
+
+    kind: str
+    in_channels: int
+    out_channels: int
+    kernel_h: int
+    kernel_w: int
+    stride_h: int
+    stride_w: int
+    groups: int
+    in_h: int
+    in_w: int
+    out_h: int
+    out_w: int
+    weight_dtype: str
+    activation_dtype: str
+
+    @property
+    def family(self) -> tuple[object, ...]:
+        """Everything but the channels: rows of one family can be interpolated."""
+        return (self.kind, self.groups if self.kind == "grouped" else 0, *self[3:7], *self[8:])
+
+    @property
+    def macs(self) -> int:
+        """Dense multiply-adds of one image."""
+        inputs = 1 if self.kind == "depthwise" else self.in_channels // self.groups
+        where = self.in_h * self.in_w if self.kind == "transposed" else self.out_h * self.out_w
+        return inputs * self.out_channels * self.kernel_h * self.kernel_w * where
+
+
+def kernel_key(kernel: Kernel, dtype: str) -> KernelKey:
+    """The key of ``kernel`` when it runs in ``dtype``."""
+    layer = kernel.layer
+    groups = kernel.out_channels if layer.kind == "depthwise" else layer.groups
+    return KernelKey(
+        layer.kind, kernel.in_channels, kernel.out_channels, *layer.kernel, *layer.stride, groups, *layer.input_hw,
+        *layer.output_hw, dtype, dtype,
+    )  # fmt: skip
+
+
+class Setting(Frozen):
+    """What all rows of one table share."""
+
+    device: str
+    runtime: str
+    runtime_version: str
+    provider: str
+    threads: int
+    batch: int = 1
+
+
+class Provenance(Document):
+    """The JSON file beside a table: what was measured on, with what, when."""
+
+    target: str
+    setting: Setting
+    machine: dict[str, str]
+    edgecompress_version: str
+    created_at: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured kernel: statistics of its runs in microseconds, and the operator that the runtime really ran."""
+
+    key: KernelKey
+    median_us: float
+    mad_us: float
+    p10_us: float
+    p90_us: float
+    n_runs: int
+    method: str
+    actual_kernel: str
+    status: Status
+    measured_at: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows by key; only the last row of each key, whatever its status."""
+
+    path: Path
+    provenance: Provenance
+    rows: Mapping[KernelKey, Row]
+
+    @property
+    def usable(self) -> dict[KernelKey, Row]:
+        """Rows that hold a measurement."""
+        return {key: row for key, row in self.rows.items() if row.status in USABLE}
+
+
+_SETTING = tuple(Setting.model_fields)
+_VALUES = ("median_us", "mad_us", "p10_us", "p90_us", "n_runs", "method", "actual_kernel", "status", "measured_at")
+COLUMNS = (*_SETTING, *KernelKey._fields, *_VALUES)
+
+
+def sidecar(path: Path) -> Path:
+    """Where the provenance of the table ``path`` lies."""
+    return path.with_suffix(".json")
+
+
+def open_table(path: Path, provenance: Provenance) -> Table:
+    """Read the table at ``path`` to go on with it, or begin a new one.
+
+    Raises:
+        BadFileError: the table there is broken or belongs to another device, runtime, version or thread count.
+    """
+    if path.exists():
+        return read_table(path, provenance.setting)
+    write_document(sidecar(path), provenance)
+    write_text(path, ",".join(COLUMNS) + "\n")
+    return Table(path, provenance, {})
+
+
+def append_row(table: Table, row: Row) -> None:
+    """Add one row to the file and push it to the disk, so that a kill loses at most the line being written."""
+    setting = table.provenance.setting
+    shared = [str(getattr(setting, name)) for name in _SETTING]
+    values = [
+        f"{value:.4f}" if isinstance(value, float) else str(value) for value in (getattr(row, n) for n in _VALUES)
+    ]
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow([*shared, *row.key, *values])
+    try:
+        with table.path.open("a", encoding="utf-8", newline="") as file:
+            file.write(line.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise disk_error(table.path, error) from error
+
+
+def read_table(path: Path, expected: Setting | None = None, *, allow_mismatch: bool = False) -> Table:
+    """Read and check a table. A last line torn by a kill is cut off the file with a warning.
+
+    Args:
+        expected: the setting that the caller will run; None takes whatever the table holds.
+        allow_mismatch: use a table of another setting all the same.
+
+    Raises:
+        BadFileError: missing, broken, of another schema, a value that is no measurement, or another setting.
+    """
+    provenance = read_document(sidecar(path), Provenance, "provenance of the latency table")
+    if expected is not None and not allow_mismatch:
+        refuse_mismatch(path, provenance.setting, expected)
+    lines = _whole_lines(path)
+    if not lines or tuple(lines[0].split(",")) != COLUMNS:
+        raise BadFileError(
+            f"The latency table {path} has other columns than this edgecompress writes. Profile the device again."
+        )
+    rows: dict[KernelKey, Row] = {}
+    own = [str(getattr(provenance.setting, name)) for name in _SETTING]
+    for number, fields in enumerate(csv.reader(lines[1:]), start=2):
+        row = _row(path, number, fields, own)
+        rows[row.key] = row
+    return Table(path, provenance, rows)
+
+
+def refuse_mismatch(path: Path, found: Setting, expected: Setting) -> None:
+    """Raise BadFileError if ``found`` differs from ``expected``, naming the first field that does."""
+    for name in _SETTING:
+        if getattr(found, name) != getattr(expected, name):
+            raise BadFileError(
+                f"The latency table {path} was measured with {name} = {getattr(found, name)}, this run has {name} = "
+                f"{getattr(expected, name)}. Profile this setting into its own table, or allow the mismatch on purpose."
+            )
+
+
+def _whole_lines(path: Path) -> list[str]:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise BadFileError(f"There is no latency table at {path}. Make one with 'edgecompress profile'.") from error
+    whole, newline, torn = raw.rpartition(b"\n")
+    if torn:
+        warnings.warn(f"The last line of the latency table {path} was torn by a kill and is dropped.", stacklevel=3)
+        write_bytes(path, whole + newline)
+    try:
+        return whole.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise BadFileError(f"The latency table {path} is no text file. Profile the device again.") from error
+
+
+def _row(path: Path, number: int, fields: list[str], own: list[str]) -> Row:
+    where = f"Line {number} of the latency table {path}"
+    if len(fields) != len(COLUMNS):
+        raise BadFileError(f"{where} has {len(fields)} fields, expected {len(COLUMNS)}. Delete that line.")
+    shared, shape, values = fields[: len(own)], fields[len(own) : -len(_VALUES)], fields[-len(_VALUES) :]
+    if shared != own:
+        name = next(n for n, a, b in zip(_SETTING, shared, own, strict=True) if a != b)
+        raise BadFileError(
+            f"{where} is of another {name} than the rest of the table ({sidecar(path).name}). Delete that line."
+        )
+    try:
+        sizes = [int(text) for text in shape[1:-2]]
+        median, mad, p10, p90 = (float(text) for text in values[:4])
+        runs = int(values[4])
+    except ValueError as error:
+        raise BadFileError(f"{where} does not parse: {error}. Delete that line.") from error
+    status = values[7]
+    if status not in get_args(Status):
+        raise BadFileError(
+            f"{where} has the unknown status '{status}'; known: {', '.join(get_args(Status))}. Delete that line."
+        )
+    if min(sizes) < 1:
+        raise BadFileError(f"{where} holds a size of {min(sizes)}, expected 1 or more. Delete that line.")
+    key = KernelKey._make([shape[0], *sizes, *shape[-2:]])
+    finite = all(math.isfinite(number) for number in (median, mad, p10, p90))
+    if status in USABLE and not (finite and (key.kind == OTHER or (median > 0 and min(mad, p10, p90) >= 0))):
+        raise BadFileError(
+            f"{where} holds {values[0]} us, which is no latency; expected a number above zero. Delete that line."
+        )
+    return Row(key, median, mad, p10, p90, runs, values[5], values[6], cast(Status, status), values[8])

@@ -1,0 +1,133 @@
+"""The ort dialect: ONNX Runtime fuses all of it, and computes what the integer emulator computes, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from sample_networks import NETWORKS, integer_case
+
+from edgecompress.cost import kernels
+from edgecompress.exporters.emulate import emulate, float_islands
+from edgecompress.exporters.runners import OnnxRuntimeRunner
+from edgecompress.exporters.sizes import FileSize, PlannedSize, stored_bytes
+from edgecompress.exporters.to_onnxruntime import int32_bias, integer_model
+from edgecompress.exporters.verify import FLOAT_OPS, agreement, has_vnni, optimised_operators
+from edgecompress.latency_tables.targets import target_by_name
+from edgecompress.quantize import QuantizedGraph, simulate
+from edgecompress.spec import CompressionPolicy, LayerChoice
+from edgecompress.trace import trace
+
+CASES = (*NETWORKS, "resnet8")
+BITS = ("w8a8", "w4a4", "w2a8", "w8a2", "w3a5", "random0", "random1")
+needs_vnni = pytest.mark.skipif(not has_vnni(), reason="this CPU has no VNNI: u8 x s8 products may saturate")
+
+
+def quantized_case(name: str, bits: str) -> QuantizedGraph:
+    case = integer_case(name)
+    if bits.startswith("random"):
+        return case.simulator.quantized(case.random_choices(int(bits[-1])))
+    return case.quantized(int(bits[1]), int(bits[3]))
+
+
+def in_onnxruntime(quantized: QuantizedGraph, images: torch.Tensor, **options) -> np.ndarray:
+    model = integer_model(quantized, **options)
+    onnx.checker.check_model(model, full_check=True)
+    return OnnxRuntimeRunner(model.SerializeToString()).run(images.numpy())
+
+
+@needs_vnni
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", CASES)
+def test_emulator_equals_onnx_runtime_bit_for_bit(name, bits):
+    quantized = quantized_case(name, bits)
+    images = integer_case(name).images
+    found = in_onnxruntime(quantized, images)
+    with torch.no_grad():
+        wanted = emulate(quantized, images).numpy()
+    assert float_islands(quantized) == []
+    assert np.unique(wanted.round(6)).size > 20  # no network that died at few bits
+    np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4", "random0"])
+@pytest.mark.parametrize("name", CASES)
+def test_no_float_layer_is_left_in_the_optimised_graph(name, bits):
+    quantized = quantized_case(name, bits)
+    operators = optimised_operators(integer_model(quantized).SerializeToString())
+    assert not {op for op in FLOAT_OPS if operators[op]}
+    assert operators["QLinearConv"] + operators["QGemm"] == len(quantized.graph.layers)
+    assert operators["Relu"] == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_eight_bits_are_close_to_the_float_network(name):
+    case = integer_case(name)
+    quantized = case.quantized(8, 8)
+    found = in_onnxruntime(quantized, case.images)
+    with torch.no_grad():
+        wanted, simulated = case.model(case.images).numpy(), simulate(quantized, case.images).numpy()
+    assert np.abs(found - wanted).max() < 0.1 * np.abs(wanted).max()
+    assert np.abs(found - simulated).max() < 0.03 * np.abs(wanted).max()
+    assert agreement(found, simulated) >= 0.95
+
+
+def test_a_static_batch_and_an_unpacked_file_give_the_same_numbers():
+    case = integer_case("residual")
+    quantized = case.quantized(3, 6)
+    dynamic = in_onnxruntime(quantized, case.images[:1])
+    np.testing.assert_array_equal(in_onnxruntime(quantized, case.images[:1], batch=1), dynamic)
+    np.testing.assert_array_equal(in_onnxruntime(quantized, case.images[:1], unpack=False), dynamic)
+    np.testing.assert_array_equal(in_onnxruntime(quantized, case.images[:1], max_opset=17), dynamic)
+    assert integer_model(quantized, max_opset=17).opset_import[0].version == 17
+
+
+def test_layer_left_in_float_stays_float_and_still_agrees():
+    case = integer_case("vgg")
+    choices = {layer.name: LayerChoice(weight_bits=8, activation_bits=8) for layer in case.graph.layers}
+    choices["fc"] = LayerChoice()
+    quantized = case.simulator.quantized(choices)
+    assert "fc" not in quantized.weights
+    found = in_onnxruntime(quantized, case.images)
+    with torch.no_grad():
+        assert np.abs(found - emulate(quantized, case.images).numpy()).max() < 1e-4
+
+
+def test_bias_rounds_half_to_even_and_saturates():
+    scale_w = np.float32([1.0, 1.0, 1.0, 1e-9])
+    assert int32_bias(np.float32([0.5, 1.5, -2.4, 100.0]), 1.0, scale_w).tolist() == [0, 2, -2, 2**31 - 1]
+
+
+@pytest.mark.parametrize("name", ["residual", "mobile", "resnet8"])
+def test_file_size_is_predicted_within_one_percent(name):
+    case = integer_case(name)
+    network = trace(case.model, tuple(case.images.shape[1:]), name).network
+    base = integer_model(case.quantized(8, 8)).ByteSize()
+    size = FileSize(case.simulator, base, target_by_name("x86"))
+    for seed in range(6):
+        choices = case.random_choices(seed)
+        built = kernels(network, CompressionPolicy(model="", layers=choices))
+        written = integer_model(case.simulator.quantized(choices)).ByteSize()
+        assert abs(size(built, 0) - written) <= 0.01 * written
+    small = {layer.name: LayerChoice(weight_bits=2, activation_bits=2) for layer in case.graph.layers}
+    assert size(kernels(network, CompressionPolicy(model="", layers=small)), 0) < base
+
+
+def test_a_target_that_stores_int8_only_is_charged_for_int8():
+    case = integer_case("residual")
+    weights = sum(case.graph.constants[layer.inputs[1]].size for layer in case.graph.layers)
+    assert sum(stored_bytes(case.quantized(2, 8), target_by_name("jetson")).values()) == weights
+    assert sum(stored_bytes(case.quantized(2, 8), target_by_name("x86")).values()) < weights
+
+
+def test_planned_size_is_the_file_where_nothing_is_pruned_and_falls_with_channels():
+    case = integer_case("residual")
+    network = trace(case.model, (3, 16, 16), "residual").network
+    base = integer_model(case.quantized(8, 8)).ByteSize()
+    planned = PlannedSize.from_file(base, network.layers, 8)
+    whole = planned(kernels(network, CompressionPolicy(model="")), 0)
+    assert whole == base
+    half = CompressionPolicy(model="", keep_channels={group.id: group.width // 2 for group in network.prunable_groups})
+    assert planned(kernels(network, half), 0) < whole
+    assert PlannedSize.from_file(base, network.layers, 4)(kernels(network, CompressionPolicy(model="")), 0) < whole

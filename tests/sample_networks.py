@@ -1,0 +1,202 @@
+"""Tiny networks and data for the tests: one for every way in which channels hang together, all under 20,000 weights.
+
+They are also model factories for the command line: ``sample_networks:residual`` with ``tests`` on the import path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgecompress.data import Dataset, Split
+from edgecompress.graph import Graph, build_graph
+from edgecompress.models import build_model
+from edgecompress.quantize import QuantizedGraph, Simulator, calibrate
+from edgecompress.spec import LayerChoice, Preprocessing
+
+
+def conv_bn(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(out_channels),
+    )
+
+
+class Residual(nn.Module):
+    """An identity and a projected shortcut."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 8, stride=2)
+        self.a1, self.a2 = conv_bn(8, 8), conv_bn(8, 8)
+        self.b1, self.b2 = conv_bn(8, 16, stride=2), conv_bn(16, 16)
+        self.shortcut = conv_bn(8, 16, kernel=1, stride=2)
+        self.fc = nn.Linear(16, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(self.a2(F.relu(self.a1(x))) + x)
+        x = F.relu(self.b2(F.relu(self.b1(x))) + self.shortcut(x))
+        result: Tensor = self.fc(x.mean((2, 3)))
+        return result
+
+
+class Vgg(nn.Module):
+    """Max-pooling and a classifier behind a global mean."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            *conv_bn(3, 8), nn.ReLU(), nn.MaxPool2d(2), *conv_bn(8, 16), nn.ReLU(), nn.MaxPool2d(2), *conv_bn(16, 16),
+            nn.ReLU(),
+        )  # fmt: skip
+        self.fc = nn.Linear(16, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.fc(self.features(x).mean((2, 3)))
+        return result
+
+
+class Mobile(nn.Module):
+    """Two depthwise-separable blocks."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            *conv_bn(3, 8, stride=2), nn.ReLU(),
+            *conv_bn(8, 8, groups=8), nn.ReLU(), *conv_bn(8, 16, kernel=1), nn.ReLU(),
+            *conv_bn(16, 16, stride=2, groups=16), nn.ReLU(), *conv_bn(16, 24, kernel=1), nn.ReLU(),
+        )  # fmt: skip
+        self.fc = nn.Linear(24, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.fc(self.features(x).mean((2, 3)))
+        return result
+
+
+class Concat(nn.Module):
+    """Two branches side by side, read together."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 8, stride=2)
+        self.left, self.right = conv_bn(8, 8, kernel=1), conv_bn(8, 12)
+        self.after = conv_bn(20, 16, stride=2)
+        self.fc = nn.Linear(16, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = torch.cat([F.relu(self.left(x)), F.relu(self.right(x))], 1)
+        result: Tensor = self.fc(F.relu(self.after(x)).mean((2, 3)))
+        return result
+
+
+class Flat(nn.Module):
+    """Convolutions with bias and no normalisation, flattened into two linear layers (for 16x16 images)."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+        self.fc1, self.fc2 = nn.Linear(8 * 2 * 2, 24), nn.Linear(24, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv2(F.relu(self.conv1(x)))), 2)
+        result: Tensor = self.fc2(F.relu(self.fc1(x.flatten(1))))
+        return result
+
+
+NETWORKS = {"residual": Residual, "vgg": Vgg, "mobile": Mobile, "concat": Concat, "flat": Flat}
+
+
+def residual(classes: int) -> nn.Module:
+    """For ``--model sample_networks:residual``."""
+    return Residual(classes)
+
+
+def unprunable(classes: int) -> nn.Module:
+    """One linear layer: its channels are the network's output."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, classes))
+
+
+def settled(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give ``model`` random weights and BatchNorm numbers that are not their initial ones; returns it in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def between(like: Tensor, low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(like.shape, generator=generator)
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                fan_in = module.weight[0].numel()
+                module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * (2 / fan_in) ** 0.5)
+                if module.bias is not None:
+                    module.bias.copy_(between(module.bias, -0.3, 0.3))
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.copy_(between(module.weight, 0.5, 1.5))
+                module.bias.copy_(between(module.bias, -0.3, 0.3))
+                module.running_mean.copy_(between(module.running_mean, -0.3, 0.3))
+                module.running_var.copy_(between(module.running_var, 0.5, 1.5))
+    return model.eval()
+
+
+def patterns(classes: int = 4, per_class: int = 24, size: int = 16, seed: int = 0) -> Dataset:
+    """A data set that a tiny network learns in seconds: one smooth pattern per class, plus noise."""
+    generator = torch.Generator().manual_seed(seed)
+    means = F.interpolate(torch.rand(classes, 3, 4, 4, generator=generator), size=size, mode="bilinear")
+
+    def split(count: int) -> Split:
+        labels = torch.arange(count * classes) % classes
+        noise = 0.15 * torch.randn(len(labels), 3, size, size, generator=generator)
+        return Split(((means[labels] + noise).clamp(0, 1) * 255).to(torch.uint8), labels)
+
+    train = split(per_class)
+    return Dataset(
+        name="patterns",
+        classes=tuple(f"class{label}" for label in range(classes)),
+        preprocessing=Preprocessing(size=(size, size), mean=(0.5,) * 3, std=(0.25,) * 3),
+        augmentation="shift",
+        train=train,
+        calibration=train.take(torch.arange(len(train) // 2)),
+        search_val=split(8),
+        select_val=split(8),
+        test=split(16),
+    )
+
+
+@dataclass(frozen=True)
+class IntegerCase:
+    """A settled network, its graph, calibrated on the images that the tests then run."""
+
+    model: nn.Module
+    graph: Graph
+    simulator: Simulator
+    images: Tensor
+
+    def quantized(self, weight_bits: int, activation_bits: int) -> QuantizedGraph:
+        """The same bits in every layer."""
+        choice = LayerChoice(weight_bits=weight_bits, activation_bits=activation_bits)
+        return self.simulator.quantized({layer.name: choice for layer in self.graph.layers})
+
+    def random_choices(self, seed: int) -> dict[str, LayerChoice]:
+        """Bits drawn at random for every layer."""
+        generator = torch.Generator().manual_seed(seed)
+        bits = torch.randint(2, 9, (len(self.graph.layers), 2), generator=generator).tolist()
+        return {
+            layer.name: LayerChoice(weight_bits=w, activation_bits=a)
+            for layer, (w, a) in zip(self.graph.layers, bits, strict=True)
+        }
+
+
+@cache
+def integer_case(name: str) -> IntegerCase:
+    """One of `NETWORKS` at 16x16 or a network of the zoo at 32x32."""
+    size = 16 if name in NETWORKS else 32
+    model = settled(NETWORKS[name](4) if name in NETWORKS else build_model(name, 10), 5)
+    images = torch.randn(48, 3, size, size, generator=torch.Generator().manual_seed(6))
+    graph = build_graph(model, (3, size, size), name)
+    return IntegerCase(model, graph, Simulator(graph, calibrate(graph, [images], samples=4000)), images)

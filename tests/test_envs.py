@@ -1,0 +1,257 @@
+"""The two environments and the projection that keeps every budget: no network is needed for any of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from sample_networks import Concat, Mobile, Residual
+
+from edgecompress.cost import count
+from edgecompress.envs import Limit, PolicyEnv, SearchSpace, allowed_widths, bitwidth_space, channel_space
+from edgecompress.errors import GoalMissedError
+from edgecompress.latency_tables.targets import target_by_name
+from edgecompress.models import build_model
+from edgecompress.spec import Budget, CompressionPolicy, LayerChoice, parse_budgets
+from edgecompress.trace import trace
+
+TARGET = target_by_name("x86")
+FLOAT = CompressionPolicy(model="")
+
+
+@pytest.fixture(scope="module")
+def networks():
+    models = {"residual": Residual(4), "mobile": Mobile(4), "concat": Concat(4)}
+    found = {name: trace(model, (3, 16, 16), name).network for name, model in models.items()}
+    return found | {"resnet8": trace(build_model("resnet8", 10), (3, 32, 32), "resnet8").network}
+
+
+def size_of(built, params: int) -> int:
+    """A file of packed weights with 300 bytes around them."""
+    return 300 + sum(k.in_channels * k.out_channels * k.layer.kernel[0] ** 2 * k.weight_bits // 8 for k in built)
+
+
+def channels(network, budget: str = "flops=0.5x", divisor: int | None = None) -> SearchSpace:
+    def cost(policy):
+        return count(network, policy, None, size_of)
+
+    original = cost(FLOAT)
+    limits = [Limit(b, b.absolute(original.metric(b.metric))) for b in parse_budgets(budget)]
+    return channel_space(network, TARGET, cost, limits, original, divisor)
+
+
+def bits(network, budget: str = "size=0.15x", shared=None, target=TARGET) -> SearchSpace:
+    def cost(policy):
+        return count(network, policy, None, size_of)
+
+    original = cost(FLOAT)
+    limits = [Limit(b, b.absolute(original.metric(b.metric))) for b in parse_budgets(budget)]
+    shared = shared or [(layer.name,) for layer in network.layers]
+    return bitwidth_space(network, CompressionPolicy(model="", keep_channels={}), shared, target, cost, limits)
+
+
+RESIDUAL_SHARED = [("stem.0",), ("a1.0",), ("a2.0",), ("b1.0", "shortcut.0"), ("b2.0",), ("fc",)]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "residual flops", "mobile flops+size", "resnet8 coarse", "concat fine", "residual bits", "residual bops",
+        "resnet8 bits+bops",
+    ],
+)  # fmt: skip
+def space(request, networks):
+    return {
+        "residual flops": lambda: channels(networks["residual"], "flops=0.5x", 4),
+        "mobile flops+size": lambda: channels(networks["mobile"], "flops=0.6x,size=0.5x", 2),
+        "resnet8 coarse": lambda: channels(networks["resnet8"], "flops=0.5x", 16),
+        "concat fine": lambda: channels(networks["concat"], "params=0.4x", 1),
+        "residual bits": lambda: bits(networks["residual"], "size=0.15x", RESIDUAL_SHARED),
+        "residual bops": lambda: bits(networks["residual"], "bops=0.03x", RESIDUAL_SHARED),
+        "resnet8 bits+bops": lambda: bits(networks["resnet8"], "size=0.13x,bops=0.03x"),
+    }[request.param]()
+
+
+def random_wishes(space: SearchSpace, seed: int) -> np.ndarray:
+    """Uniform, skewed, extreme or equal wishes, some outside [0, 1]."""
+    random = np.random.default_rng(seed)
+    size = len(space.levels)
+    return [
+        random.random(size), random.random(size) ** 4, random.integers(0, 2, size).astype(float),
+        np.full(size, random.random()), random.normal(0.5, 1, size),
+    ][seed % 5]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*Box observation space.*:UserWarning")
+@pytest.mark.parametrize("kind", ["channels", "bits"])
+def test_gymnasium_accepts_the_environment(kind, networks):
+    space = channels(networks["residual"]) if kind == "channels" else bits(networks["residual"])
+    check_env(PolicyEnv(space, lambda choice: float(sum(choice))), skip_render_check=True)
+
+
+def test_projection_keeps_every_limit_levels_and_ties(space):
+    for seed in range(60):
+        choice = space.project(random_wishes(space, seed))
+        assert all(value in levels for value, levels in zip(choice, space.levels, strict=True))
+        cost = space.price(choice)
+        for limit in space.limits:
+            assert cost.metric(limit.budget.metric) <= limit.value
+        for group in space.tied:
+            assert len({choice[i] for i in group}) == 1
+
+
+def test_projection_uses_the_budget_up(space):
+    """No single action that relieves a budget can be raised by a level: what is left is smaller than any step."""
+    for seed in range(40):
+        choice = space.project(random_wishes(space, seed))
+        for action in space.bound:
+            raised = space.raised(choice, action)
+            assert raised == choice or not space.fits(raised), (seed, space.names[action])
+
+
+def test_projection_of_a_projection_is_itself(space):
+    """What the replay stores is the executed action: asked for again, it must come out again."""
+    same = [
+        (choice := space.project(random_wishes(space, seed))) == space.project(space.wishes(choice))
+        for seed in range(40)
+    ]
+    assert np.mean(same) > 0.9
+
+
+def test_wishes_of_a_choice_are_in_range_and_executed_actions_too(space):
+    env = PolicyEnv(space, lambda choice: 0.0)
+    for choice in (space.largest, space.smallest):
+        wishes = space.wishes(choice)
+        assert wishes.min() >= 0 and wishes.max() <= 1
+        assert np.abs(env.executed(choice)).max() <= 1
+        assert len(env.executed(choice)) == len(space.steps)
+
+
+def test_projection_follows_the_wishes(networks):
+    """An action that is wished higher than an equal one ends no lower; unlimited, the nearest levels come out."""
+    space = channels(networks["resnet8"], "flops=0.5x", 4)
+    names = list(space.names)
+    a, b = names.index("layer3.0.conv1"), names.index("layer3.0.conv2")
+    wishes = np.full(len(names), 0.5)
+    wishes[a], wishes[b] = 0.9, 0.2
+    up = space.project(wishes)
+    wishes[a], wishes[b] = 0.2, 0.9
+    down = space.project(wishes)
+    assert up[a] > down[a] and up[b] < down[b]
+    free = replace(space, limits=())
+    assert free.project(np.ones(len(names))) == free.largest and free.project(np.zeros(len(names))) == free.smallest
+
+
+def test_activation_bits_stay_at_the_top_where_no_budget_asks_for_fewer(networks):
+    space = bits(networks["residual"], "size=0.15x")
+    activations = [i for i, name in enumerate(space.names) if name.endswith(":activation")]
+    assert space.bound == frozenset(range(len(space.names))) - frozenset(activations)
+    wishes = np.full(len(space.names), 0.9)
+    wishes[activations] = 0.1
+    assert {space.project(wishes)[i] for i in activations} == {8}
+    assert bits(networks["residual"], "bops=0.05x").bound == frozenset(range(len(space.names)))
+    assert space.project(np.ones(len(space.names))) != space.largest
+
+
+def test_other_actions_that_relieve_no_budget_are_only_rounded(networks):
+    space = replace(bits(networks["residual"], "size=0.15x"), only_if_asked=frozenset())
+    activations = [i for i, name in enumerate(space.names) if name.endswith(":activation")]
+    wishes = np.full(len(space.names), 0.9)
+    wishes[activations] = 0.5
+    assert {space.project(wishes)[i] for i in activations} == {5}
+
+
+def test_tied_actions_move_together_and_take_the_largest_wish(networks):
+    space = bits(networks["residual"], "size=0.15x", RESIDUAL_SHARED)
+    (tie,) = space.tied
+    assert [space.names[i] for i in tie] == ["b1.0:activation", "shortcut.0:activation"]
+    wishes = np.full(len(space.names), 0.5)
+    wishes[tie[0]], wishes[tie[1]] = 0.0, 1.0
+    assert {replace(space, only_if_asked=frozenset()).project(wishes)[i] for i in tie} == {8}
+    assert {space.with_value(space.largest, tie[0], 3)[i] for i in tie} == {3}
+    assert {space.raised(space.largest, tie[1], -2)[i] for i in tie} == {6}
+
+
+def test_layers_that_are_not_quantisable_stay_float(networks):
+    space = bits(networks["residual"], "size=0.5x", RESIDUAL_SHARED[:-1])
+    assert not any(name.startswith("fc:") for name in space.names)
+    assert space.to_policy(space.smallest).layers.get("fc", LayerChoice()).weight_bits == 32
+
+
+def test_channel_policy_names_its_groups_and_bit_policy_its_layers(networks):
+    space = channels(networks["residual"], "flops=0.5x", 4)
+    assert space.to_policy(space.smallest).keep_channels == {"stem.0": 4, "a1.0": 4, "b1.0": 4, "b2.0": 4}
+    chosen = bits(networks["residual"])
+    policy = chosen.to_policy(tuple([2, 8] * len(networks["residual"].layers)))
+    assert {(choice.weight_bits, choice.activation_bits) for choice in policy.layers.values()} == {(2, 8)}
+    validated = CompressionPolicy.model_validate(policy.model_dump())
+    assert validated.layers == policy.layers
+
+
+@pytest.mark.parametrize(
+    ("width", "divisor", "wanted"),
+    [
+        (64, 32, (32, 64)), (32, 32, (4, 8, 16, 32)), (16, 32, (4, 8, 16)), (64, 16, (16, 32, 48, 64)),
+        (8, 8, (4, 8)), (12, 4, (4, 8, 12)), (24, 16, (4, 8, 16, 24)), (100, 32, (32, 64, 96, 100)), (3, 4, (3,)),
+        (4, 32, (4,)), (6, 1, (1, 2, 3, 4, 5, 6)), (63, 32, (4, 8, 16, 32, 63)),
+    ],
+)  # fmt: skip
+def test_allowed_widths(width, divisor, wanted):
+    assert allowed_widths(width, divisor) == wanted
+
+
+@pytest.mark.parametrize("budget", ["flops=0.001x", "flops=0.5x,params=0.001x", "size=10B"])
+def test_unreachable_budget_names_the_smallest_that_can_be_reached(networks, budget):
+    space = channels(networks["resnet8"], budget, 16)
+    with pytest.raises(GoalMissedError) as caught:
+        space.check_reachable()
+    assert caught.value.exit_code == 3
+    limit = space.limits[-1]
+    smallest = space.price(space.smallest).metric(limit.budget.metric)
+    sentence = str(caught.value)
+    assert f"The budget {limit.budget} cannot be met" in sentence and f"{smallest:.4g}" in sentence
+    if limit.budget.relative:  # the named number, asked for (rounded up), is indeed reachable
+        relative = float(sentence.split("(")[1].split("x)")[0])
+        assert smallest / (limit.value / limit.budget.limit) == pytest.approx(relative, abs=6e-4)
+    value = smallest * 1.0001
+    met = replace(space, limits=(Limit(Budget(metric=limit.budget.metric, limit=value, relative=False), value),))
+    met.check_reachable()
+    assert met.fits(met.project(np.ones(len(met.levels))))
+
+
+def test_reachable_budget_passes(space):
+    space.check_reachable()
+
+
+def test_episode_pays_once_with_the_projected_choice(networks):
+    space = channels(networks["residual"], "flops=0.5x", 4)
+    scored = []
+    env = PolicyEnv(space, lambda choice: scored.append(choice) or 0.75)
+    observation, _ = env.reset(seed=0)
+    assert observation.shape == env.observation_space.shape and observation.dtype == np.float32
+    for step in range(len(space.steps)):
+        observation, reward, done, truncated, info = env.step(np.ones(1, np.float32))
+        assert env.observation_space.contains(observation) and not truncated
+        assert done == (step == len(space.steps) - 1) and reward == (0.75 if done else 0.0)
+    assert scored == [info["choice"]] == [space.project(np.ones(len(space.levels)))]
+    assert np.array_equal(info["executed"], env.executed(info["choice"]))
+
+
+def test_observations_of_a_choice_are_those_of_playing_it(networks):
+    space = bits(networks["residual"], "size=0.15x", RESIDUAL_SHARED)
+    env = PolicyEnv(space, lambda choice: 0.0)
+    choice = space.project(np.full(len(space.levels), 0.4))
+    replayed = env.observations(choice)
+    seen = [env.reset()[0]]
+    for action in env.executed(choice):
+        seen.append(env.step(action)[0])
+    assert np.allclose(np.stack(seen), replayed)
+    assert replayed.shape == (len(space.steps) + 1, *env.observation_space.shape)
+
+
+def test_features_are_scaled_and_tell_steps_apart(space):
+    assert space.features.shape[0] == len(space.steps)
+    assert space.features.min() >= 0 and space.features.max() <= 1 and np.isfinite(space.features).all()
+    assert len({tuple(row) for row in space.features.tolist()}) == len(space.steps)

@@ -1,0 +1,159 @@
+"""Training learns, repeats itself, goes on from a checkpoint to the same weights, and stops at NaN."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from sample_networks import Residual, patterns, settled
+from torch import nn
+
+from edgecompress.errors import EdgeCompressError
+from edgecompress.finetune import TrainSettings, _schedule, accuracy_and_loss, reference_model, train
+
+SETTINGS = TrainSettings(epochs=4, learning_rate=0.05, batch_size=16, distill=0.0)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return patterns(size=8)
+
+
+def fresh(seed: int = 0) -> nn.Module:
+    return settled(Residual(4), seed)
+
+
+def same(first: nn.Module, second: nn.Module) -> bool:
+    states = first.state_dict(), second.state_dict()
+    return all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+@pytest.fixture(scope="module")
+def trained(data):
+    return train(fresh(), data, SETTINGS)
+
+
+def test_training_learns_and_ends_in_eval_mode(data, trained):
+    before, after = accuracy_and_loss(fresh(), data, data.test), accuracy_and_loss(trained, data, data.test)
+    assert after[0] > 0.9 > before[0] and after[1] < before[1]
+    assert not trained.training
+
+
+def test_same_seed_trains_the_same_weights_and_another_seed_does_not(data, trained):
+    torch.manual_seed(77)
+    assert same(train(fresh(), data, SETTINGS), trained)
+    assert not same(train(fresh(), data, replace(SETTINGS, seed=1)), trained)
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_interrupted_training_goes_on_to_the_same_weights(data, trained, tmp_path, stop_after):
+    class Killed(Exception):
+        pass
+
+    def kill(epoch: int, epochs: int, loss: float) -> None:
+        if epoch == stop_after:
+            raise Killed
+
+    path = tmp_path / "epoch.safetensors"
+    with pytest.raises(Killed):
+        train(fresh(), data, SETTINGS, checkpoint=path, on_epoch=kill)
+    epochs = []
+    resumed = train(fresh(5), data, SETTINGS, checkpoint=path, on_epoch=lambda e, n, loss: epochs.append((e, n)))
+    assert same(resumed, trained)
+    assert epochs == [(epoch, 4) for epoch in range(stop_after + 1, 5)]
+    finished = train(fresh(6), data, SETTINGS, checkpoint=path, on_epoch=lambda e, n, loss: epochs.append((e, n)))
+    assert same(finished, trained) and len(epochs) == 4 - stop_after
+
+
+def test_checkpoint_of_other_settings_is_not_used(data, trained, tmp_path):
+    path = tmp_path / "epoch.safetensors"
+    other = replace(SETTINGS, learning_rate=0.01)
+    train(fresh(), data, other, checkpoint=path)
+    assert same(train(fresh(), data, SETTINGS, checkpoint=path), trained)
+
+
+def test_torn_checkpoint_is_one_sentence(data, tmp_path):
+    path = tmp_path / "epoch.safetensors"
+    train(fresh(), data, SETTINGS, checkpoint=path)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(EdgeCompressError, match=r"epoch\.safetensors"):
+        train(fresh(), data, SETTINGS, checkpoint=path)
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_last_whole_epoch(data):
+    states = []
+    model = fresh()
+
+    def poison(progress: float) -> torch.Tensor:
+        return torch.tensor(float("nan") if progress > 0.6 else 0.0)
+
+    with pytest.raises(EdgeCompressError, match=r"The loss became nan in epoch 3, step \d+; .*Lower the learning rate"):
+        train(
+            model, data, SETTINGS, penalty=poison,
+            on_epoch=lambda *_: states.append({k: v.clone() for k, v in model.state_dict().items()}),
+        )  # fmt: skip
+    assert len(states) == 2
+    assert all(torch.equal(value, states[-1][key]) for key, value in model.state_dict().items())
+
+
+def test_distillation_copies_a_teacher_against_the_labels(data):
+    """The teacher calls every class by the next one's name: only a student that listens learns that."""
+    shifted = replace(data, train=type(data.train)(data.train.images, (data.train.labels + 1) % 4))
+    teacher = train(fresh(1), shifted, SETTINGS)
+    student = train(fresh(2), data, replace(SETTINGS, epochs=10, distill=1.0), teacher=teacher)
+    swapped = type(data.test)(data.test.images, (data.test.labels + 1) % 4)
+    assert accuracy_and_loss(student, data, swapped)[0] > 0.6
+    assert accuracy_and_loss(student, data, data.test)[0] < 0.2
+
+
+def test_penalty_is_part_of_the_loss(data):
+    asked = []
+
+    def penalty(progress: float) -> torch.Tensor:
+        asked.append(progress)
+        return 100 * sum(parameter.pow(2).sum() for parameter in model.parameters())
+
+    model = fresh()
+    before = sum(parameter.pow(2).sum().item() for parameter in model.parameters())
+    train(model, data, SETTINGS, penalty=penalty)
+    assert sum(parameter.pow(2).sum().item() for parameter in model.parameters()) < 0.8 * before
+    assert asked == sorted(asked) and asked[0] == 0 and asked[-1] < 1
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 20])
+def test_schedule_warms_up_and_falls_to_zero(epochs):
+    rates = [_schedule(step / 100, epochs) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1) and max(rates) == pytest.approx(1.0, abs=0.02)
+    assert rates[-1] == pytest.approx(0.0, abs=1e-9) and min(rates) >= 0
+
+
+def test_accuracy_and_loss_by_hand(data):
+    labels = data.test.labels
+
+    def oracle(x: torch.Tensor) -> torch.Tensor:
+        start = oracle.seen
+        oracle.seen += len(x)
+        return 50.0 * nn.functional.one_hot(labels[start : start + len(x)], 4).float()
+
+    oracle.seen = 0
+    assert accuracy_and_loss(oracle, data, data.test, batch_size=10) == (1.0, pytest.approx(0.0, abs=1e-6))
+    accuracy, loss = accuracy_and_loss(lambda x: torch.zeros(len(x), 4), data, data.test)
+    assert accuracy == pytest.approx(0.25) and loss == pytest.approx(1.386294, abs=1e-4)
+
+
+def test_reference_is_trained_once_and_kept_in_the_cache(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGECOMPRESS_CACHE", str(tmp_path))
+    epochs = []
+
+    def reference(epochs_wanted: int = 1, seed: int = 0) -> nn.Module:
+        return reference_model(
+            "sample_networks:residual", data, epochs=epochs_wanted, seed=seed,
+            on_epoch=lambda *told: epochs.append(told[0]),
+        )  # fmt: skip
+
+    first = reference()
+    assert same(reference(), first) and epochs == [1]
+    assert len(list((tmp_path / "models").iterdir())) == 1
+    assert not same(reference(2), first) and not same(reference(1, seed=1), first)
+    assert len(list((tmp_path / "models").glob("*.safetensors"))) == 3

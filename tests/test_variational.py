@@ -1,0 +1,162 @@
+"""Noise finds the weights that matter least, and taking the noise off gives the network back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from sample_networks import Mobile, Residual, patterns, settled
+from torch import nn
+
+from edgecompress.cost import count
+from edgecompress.finetune import TrainSettings, accuracy_and_loss, train
+from edgecompress.latency_tables.targets import target_by_name
+from edgecompress.progress import Silent
+from edgecompress.runs import RunFolder
+from edgecompress.spec import CompressionPolicy, Config
+from edgecompress.stages import Job, learn_noise
+from edgecompress.trace import trace
+from edgecompress.variational import (
+    NoisyLayer,
+    WeightNoise,
+    kl_penalty,
+    measured_noise,
+    prune_elements,
+    refresh_batchnorm,
+    with_noise,
+    without_noise,
+)
+
+
+@pytest.mark.parametrize("kind", [Residual, Mobile])
+def test_wrapping_changes_nothing_in_eval_mode_and_unwrapping_gives_the_network_back(kind):
+    model = settled(kind(4))
+    x = torch.randn(4, 3, 16, 16)
+    noisy, layers = with_noise(model)
+    assert len(layers) == sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules())
+    with torch.no_grad():
+        assert torch.equal(noisy.eval()(x), model(x))
+        assert not torch.equal(noisy.train()(x), noisy(x))
+        plain = without_noise(noisy).eval()
+    assert not any(isinstance(module, NoisyLayer) for module in plain.modules())
+    assert list(plain.state_dict()) == list(model.state_dict())
+    assert not any(isinstance(module, NoisyLayer) for module in model.modules())
+
+
+def test_noise_of_a_layer_has_the_mean_and_variance_of_its_equations():
+    torch.manual_seed(0)
+    layer = NoisyLayer(nn.Linear(6, 3)).train()
+    with torch.no_grad():
+        layer.log_sigma2.fill_(-2.0)
+        layer.offset.fill_(-30.0)  # unit noise off
+        x = torch.randn(1, 6).expand(40_000, 6)
+        y = layer(x)
+        wanted = (x[0] ** 2).sum() * torch.exp(torch.tensor(-2.0))
+    assert torch.allclose(y.mean(0), layer.layer(x[:1])[0], atol=0.03)
+    assert torch.allclose(y.var(0), wanted.expand(3), rtol=0.05)
+
+
+def test_log_alpha_and_penalties_follow_the_weights():
+    layer = NoisyLayer(nn.Linear(4, 1, bias=False))
+    with torch.no_grad():
+        layer.layer.weight.copy_(torch.tensor([[1.0, 0.1, 0.01, 0.0]]))
+        layer.log_sigma2.fill_(-4.0)
+    assert torch.allclose(layer.log_alpha[0, :2], torch.tensor([-4.0, -4.0 + 4.60517]), atol=1e-4)
+    assert bool((layer.log_alpha.diff() >= 0).all()) and layer.log_alpha.max().item() == 8.0
+    before = layer.weight_kl().item()
+    with torch.no_grad():
+        layer.log_sigma2.fill_(2.0)
+    assert layer.weight_kl().item() < before  # noisier weights cost less
+    layer.train()(torch.randn(3, 4))
+    early = kl_penalty({"a": layer}, 10, weight_scale=1.0, unit_scale=0.0, progress=0.25)
+    late = kl_penalty({"a": layer}, 10, weight_scale=1.0, unit_scale=0.0, progress=0.9)
+    assert late.item() == pytest.approx(2 * early.item())
+    assert late.item() == pytest.approx(layer.weight_kl().item() / 10)
+    units = kl_penalty({"a": layer}, 10, weight_scale=0.0, unit_scale=1.0, progress=1.0)
+    assert units.item() == pytest.approx(layer.unit_kl.item() / 10) and units.item() > 0
+
+
+def test_mask_keeps_the_quietest_weights():
+    noise = WeightNoise({"a": torch.tensor([[3.0, -1.0], [8.0, 0.0]])})
+    assert noise.mask("a", 0.5).tolist() == [[False, True], [False, True]]
+    assert noise.mask("a", 0.75).tolist() == [[True, True], [False, True]]
+    assert int(noise.mask("a", 1e-9).sum()) == 1 and bool(noise.mask("a", 1.0).all())
+    assert noise.suggested_keep("a") == 0.75
+
+
+def test_pruned_elements_are_zero_and_all_others_untouched():
+    model = settled(Residual(4))
+    _, layers = with_noise(model)
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.log_sigma2.copy_(torch.rand_like(layer.log_sigma2))
+    noise = measured_noise(layers)
+    sparse = prune_elements(model, noise, {"a1.0": 0.25, "fc": 0.5})
+    for name, keep in (("a1.0", 0.25), ("fc", 0.5), ("b1.0", 1.0)):
+        old, new = model.get_submodule(name).weight, sparse.get_submodule(name).weight
+        kept = new != 0
+        assert float(kept.float().mean()) == pytest.approx(keep)
+        assert torch.equal(new[kept], old[kept])
+        if keep < 1:
+            assert float(noise.log_alpha[name][kept].max()) <= float(noise.log_alpha[name][~kept].min())
+
+
+def test_training_under_noise_names_the_useless_inputs_and_keeps_the_accuracy():
+    """A linear classifier of which half of the inputs are zero always: the penalty must find those weights."""
+    data = patterns(classes=3, per_class=40, size=8)
+    mask = torch.zeros(3 * 64)
+    mask[: 3 * 32] = 1
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3 * 64, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.fc(x.flatten(1) * mask)
+            return result
+
+    torch.manual_seed(0)
+    model = train(Half(), data, TrainSettings(epochs=8, learning_rate=0.05, batch_size=24, distill=0.0))
+    assert accuracy_and_loss(model, data, data.test)[0] > 0.9
+    noisy, layers = with_noise(model)
+    optimizer = torch.optim.Adam(noisy.parameters(), 0.05)
+    x, y = data.normalise(data.train.images), data.train.labels
+    for step in range(200):
+        loss = nn.functional.cross_entropy(noisy(x), y)
+        loss = loss + kl_penalty(layers, len(y), weight_scale=0.2, unit_scale=1e-4, progress=step / 200)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    noise = measured_noise(layers)
+    used = mask.bool()
+    assert float(noise.log_alpha["fc"][:, ~used].mean()) > float(noise.log_alpha["fc"][:, used].mean()) + 0.5
+    plain = without_noise(noisy).eval()
+    sparse = prune_elements(plain, noise, {"fc": 0.5})
+    assert accuracy_and_loss(sparse, data, data.test)[0] > 0.9
+
+
+def test_noise_really_moves_at_the_settings_of_the_pipeline(tmp_path):
+    """The noise is learned, not left where it was initialised: else element-wise pruning is pruning by magnitude."""
+    data, model = patterns(per_class=60), settled(Residual(4))
+    traced = trace(model, (3, 16, 16), "residual")
+    job = Job(
+        config=Config(budget="flops=0.5x"), target=target_by_name("jetson"), data=data, run=RunFolder(tmp_path),
+        progress=Silent(), original=model, traced=traced, limits=(), original_cost=count(traced.network, CompressionPolicy(model="")),
+    )  # fmt: skip
+    plain, noise = learn_noise(job, model)
+    moved = []
+    for name, log_alpha in noise.log_alpha.items():
+        log_sigma2 = log_alpha + (plain.get_submodule(name).weight.detach().pow(2) + 1e-8).log()
+        moved.append((log_sigma2 + 10).abs()[log_alpha.abs() < 8].flatten())
+    assert float(torch.cat(moved).median()) > 0.1
+    assert {name for name, module in plain.named_modules() if isinstance(module, NoisyLayer)} == set()
+
+
+def test_refreshed_batchnorm_has_no_noise_in_it():
+    model, data = settled(Residual(4)), replace(patterns(), augmentation="none")
+    refresh_batchnorm(model, data)
+    with torch.no_grad():
+        outputs = model.stem[0](data.normalise(data.train.images))
+    assert torch.allclose(model.stem[1].running_mean, outputs.mean((0, 2, 3)), atol=1e-4)
