@@ -93,7 +93,7 @@ def fitted(image: Image, how: Preprocessing, *, nearest: bool = False) -> Image:
 
 def as_pixels(image: Image, how: Preprocessing) -> Pixels:
     """One image as ``uint8 [C, H, W]``."""
-    pixels = np.asarray(fitted(plain(image, how.channels), how))
+    pixels = np.array(fitted(plain(image, how.channels), how))
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
