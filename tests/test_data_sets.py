@@ -111,7 +111,10 @@ def test_images_in_memory_go_through_the_preprocessing_once(workplace):
     whole = Image.fromarray(np.arange(48).reshape(3, 4, 4).astype(np.uint8).transpose(1, 2, 0))
     middle = np.asarray(whole.resize((6, 6), Image.Resampling.BILINEAR))[1:5, 1:5].transpose(2, 0, 1)
     for data in (arrays, items):
-        first = min(torch.cat([getattr(data, name).images for name in ("train", "search_val", "select_val", "test")]), key=lambda x: int(x.long().sum()))
+        first = min(
+            torch.cat([getattr(data, name).images for name in ("train", "search_val", "select_val", "test")]),
+            key=lambda x: int(x.long().sum()),
+        )
         assert np.abs(first.numpy().astype(int) - middle).max() <= 1
 
 
@@ -171,7 +174,9 @@ def test_data_set_of_torchvision_by_name(mnist):
 
 def test_data_set_that_is_not_here_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("EDGECOMPRESS_DATA", str(tmp_path))
-    with pytest.raises(BadDataError, match=r"The data set cifar10 is not in .*Add --download, or point EDGECOMPRESS_DATA"):
+    with pytest.raises(
+        BadDataError, match=r"The data set cifar10 is not in .*Add --download, or point EDGECOMPRESS_DATA"
+    ):
         load_data("cifar10")
 
 
@@ -180,7 +185,9 @@ def test_download_without_a_network_is_one_sentence(tmp_path, monkeypatch):
 
     monkeypatch.setenv("EDGECOMPRESS_DATA", str(tmp_path))
     monkeypatch.setattr(datasets.CIFAR10, "url", "http://127.0.0.1:9/cifar.tar.gz")
-    called = call("compress", "--data", "cifar10", "--download", "--target", "x86", "--quiet", "--runs", tmp_path / "runs")
+    called = call(
+        "compress", "--data", "cifar10", "--download", "--target", "x86", "--quiet", "--runs", tmp_path / "runs"
+    )
     assert called.code == 2 and "Traceback" not in called.err
     assert "The data set cifar10 cannot be fetched" in called.err and "torchvision.datasets.CIFAR10" in called.err
 
@@ -198,7 +205,9 @@ def test_label_outside_the_classes_is_named():
     data = patterns()
     labels = data.select_val.labels.clone()
     labels[5] = 4
-    with pytest.raises(BadDataError, match=r"label 4 of image 5 of select_val of patterns is outside its 4 classes; expected 0 to 3"):
+    with pytest.raises(
+        BadDataError, match=r"label 4 of image 5 of select_val of patterns is outside its 4 classes; expected 0 to 3"
+    ):
         checked(replace(data, select_val=Split(data.select_val.images, labels)))
 
 

@@ -45,7 +45,9 @@ def test_every_mode_becomes_rgb_as_pillow_converts_it(mode):
 
 def test_grayscale_in_one_channel():
     how = Preprocessing(size=(8, 6), mean=(0.5,), std=(0.5,), channels="L")
-    assert np.array_equal(as_pixels(Image.fromarray(photo()), how)[0], np.asarray(Image.fromarray(photo()).convert("L")))
+    assert np.array_equal(
+        as_pixels(Image.fromarray(photo()), how)[0], np.asarray(Image.fromarray(photo()).convert("L"))
+    )
 
 
 def test_alpha_is_dropped_and_the_colours_below_stay():
@@ -162,7 +164,9 @@ def test_mapped_images_are_read_once_and_again_when_a_file_changes(torn, monkeyp
 def test_images_that_fit_nowhere_say_what_to_do(torn, monkeypatch, tmp_path):
     monkeypatch.setattr(images, "free_memory_bytes", lambda: 100)
     monkeypatch.setattr(images.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 50})())
-    with pytest.raises(EdgeCompressError, match=r"The 6 images need .* at 8x6 pixels.*--image-size.*EDGECOMPRESS_CACHE"):
+    with pytest.raises(
+        EdgeCompressError, match=r"The 6 images need .* at 8x6 pixels.*--image-size.*EDGECOMPRESS_CACHE"
+    ):
         decode(torn, HOW)
 
 
@@ -194,14 +198,17 @@ def test_few_torn_images_are_skipped_and_counted(tmp_path):
     root = folder(tmp_path / "photos", count=60)
     (root / "a" / "000.png").write_bytes(b"no image")
     data = load_data(str(root))
-    assert len(data.notes) == 1 and f"1 images under {root} cannot be read, the first is {root / 'a' / '000.png'}" in data.notes[0]
+    assert (
+        len(data.notes) == 1
+        and f"1 images under {root} cannot be read, the first is {root / 'a' / '000.png'}" in data.notes[0]
+    )
     assert data.notes[0].endswith("They are skipped.")
 
 
 def test_classes_that_differ_between_folders_are_named(tmp_path):
     folder(tmp_path / "train", ("cat", "dog"), 20)
     folder(tmp_path / "test", ("cat", "wolf"), 5)
-    with pytest.raises(BadDataError, match="differ from those of .*: only train has dog; only test has wolf"):
+    with pytest.raises(BadDataError, match=r"differ from those of .*: only train has dog; only test has wolf"):
         load_data(str(tmp_path))
 
 
@@ -211,6 +218,9 @@ def test_val_beside_test_is_what_the_search_sees(tmp_path):
         for path in image_paths(tmp_path / name):  # a brightness of its own for each folder
             Image.fromarray(np.full((8, 6, 3), 60 * number + 10, np.uint8)).save(path)
     data = load_data(str(tmp_path))
-    found = {part: set(getattr(data, part).images.unique().tolist()) for part in ("train", "search_val", "select_val", "test")}
+    found = {
+        part: set(getattr(data, part).images.unique().tolist())
+        for part in ("train", "search_val", "select_val", "test")
+    }
     assert found == {"train": {10}, "search_val": {70}, "select_val": {70}, "test": {130}}
     assert (len(data.train), len(data.search_val) + len(data.select_val), len(data.test)) == (40, 12, 8)
