@@ -26,10 +26,19 @@ from edgecompress.cli.flags import switch
     "--data", default="digits", show_default=True,
     help="'digits', a torchvision data set, the root of an image folder, or package.module:factory.",
 )  # fmt: skip
+@click.option(
+    "--task", default="classification", show_default=True,
+    help="classification, segmentation (folders images/ and masks/), or package.module:task.",
+)  # fmt: skip
+@switch("unlabelled", help="Use no labels: measure agreement with the original. Images in one folder have none.")
 @click.option("--weights", help="DEFAULT (published ones), none (train from scratch), or a checkpoint file.")
 @switch("trust", help="Open a .pt2 program, which may carry code.")
-@switch("download", help="Let torchvision download its weights.")
-@click.option("--image-size", type=click.IntRange(min=8), help="Resize images to this height and width.")
+@switch("download", help="Let torchvision download its weights or data set.")
+@click.option("--image-size", type=click.IntRange(min=8), help="Bring images to this height and width.")
+@click.option(
+    "--preprocessing", default="auto", show_default=True,
+    help="weights (as published ones expect), data (found in the images), a JSON file; auto: weights with --weights DEFAULT.",
+)  # fmt: skip
 @click.option("--target", default="jetson", show_default=True, help="Device, see 'edgecompress targets'.")
 @click.option("--budget", help="Limits such as 'flops=0.5x,size=40KB,latency=3ms'.  [default: flops=0.5x,size=0.125x]")
 @click.option(

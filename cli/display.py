@@ -19,6 +19,7 @@ from edgecompress import progress as listening
 from edgecompress.spec import Stage, Trial
 
 EVERY = 20  # units of work between two plain lines
+STEPS_EVERY_S = 10.0  # between two plain lines about images that are read
 
 
 @contextmanager
@@ -64,7 +65,7 @@ class Display:
         self._total = 0
         self._seen = 0
         self._detail = ""
-        self._started = time.monotonic()
+        self._started = self._told = time.monotonic()
         self._task = None if not self._live else self._bar.add_task("", total=1, detail="", visible=False)
 
     def __enter__(self) -> Display:
@@ -82,20 +83,31 @@ class Display:
     def stage(self, title: str, total: int) -> None:
         self._finish()
         self._title, self._total, self._seen, self._detail = title, total, 0, ""
-        self._started = time.monotonic()
+        self._started = self._told = time.monotonic()
         if self._task is not None:
             self._bar.reset(self._task, total=total, description=title, detail="", visible=True)
 
     def trial(self, stage: Stage, trial: Trial, best: Trial | None) -> None:
         detail = f"reward {trial.reward:.3f}"
         if best is not None:
-            detail += f", best {best.accuracy:.1%}"
+            # A share lies in [0, 1]; the score of a user's own task may be any number, negative where less is better.
+            share = 0 <= best.accuracy <= 1
+            detail += f", best {best.accuracy:.1%}" if share else f", best {abs(best.accuracy):.4g}"
             if best.cost.latency_us is not None:
                 detail += f", {best.cost.latency_us / 1000:.3g} ms {best.cost.latency_source}"
         self._advance(detail)
 
     def epoch(self, epoch: int, epochs: int, loss: float) -> None:
         self._advance(f"loss {loss:.3f}")
+
+    def step(self, done: int, total: int) -> None:
+        self._seen = done
+        now = time.monotonic()
+        if self._task is not None:
+            self._bar.update(self._task, completed=done)
+        elif now - self._told > STEPS_EVERY_S:
+            self._told = now
+            self._say(f"  {self._title}: {done:,}/{total:,}")
 
     def note(self, text: str) -> None:
         self._console.print(f"  {text}", style="dim", highlight=False, markup=False)
@@ -119,7 +131,7 @@ class Display:
 
 
 class JsonLines:
-    """A `progress.Progress` that prints one object per event: stage, trial, epoch, note, and error if it ends in one.
+    """A `progress.Progress` that prints one object per event: stage, trial, epoch, step, note, and error if it ends in one.
 
     ``seconds`` is the time since the call began; a value that does not exist is null.
     """
@@ -152,6 +164,9 @@ class JsonLines:
 
     def epoch(self, epoch: int, epochs: int, loss: float) -> None:
         self._emit("epoch", stage=self._title, number=epoch, of=epochs, loss=_finite(loss))
+
+    def step(self, done: int, total: int) -> None:
+        self._emit("step", stage=self._title, number=done, of=total)
 
     def note(self, text: str) -> None:
         self._emit("note", text=text)
@@ -191,6 +206,10 @@ class Both:
     def epoch(self, epoch: int, epochs: int, loss: float) -> None:
         for listener in self._both:
             listener.epoch(epoch, epochs, loss)
+
+    def step(self, done: int, total: int) -> None:
+        for listener in self._both:
+            listener.step(done, total)
 
     def note(self, text: str) -> None:
         for listener in self._both:

@@ -59,6 +59,8 @@ class TensorBoardLog:
     def epoch(self, epoch: int, epochs: int, loss: float) -> None:
         self._scalar(f"loss/{self._title}", loss, epoch)
 
+    def step(self, done: int, total: int) -> None: ...
+
     def note(self, text: str) -> None: ...
 
     def _scalar(self, name: str, value: float, step: int) -> None:

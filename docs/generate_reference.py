@@ -20,7 +20,8 @@ WIDTH = 80  # columns of the terminal that every help text has to fit
 # What a user may rely on, in the order in which it is needed: file -> names; the heading is the import path.
 API = {
     "edgecompress/pipeline.py": ("compress", "Run", "export_run", "load"),
-    "edgecompress/data.py": ("Dataset", "Split", "load_data"),
+    "edgecompress/splits.py": ("Dataset", "Split"),
+    "edgecompress/data.py": ("load_data",),
     "edgecompress/models.py": ("build_model", "load_weights"),
     "edgecompress/tasks.py": ("Task", "task_by_name"),
     "edgecompress/spec.py": (
@@ -37,6 +38,9 @@ API = {
         "GoalMissedError", "MissingBackendError",
     ),
 }  # fmt: skip
+
+# Where a user imports from, where that is not the file itself.
+HOMES = {"edgecompress.pipeline": "edgecompress", "edgecompress.splits": "edgecompress.data"}
 
 
 def cli_page() -> str:
@@ -94,8 +98,9 @@ def api_page() -> str:
             continue
         found = {node.name: node for node in ast.parse(source.read_text(encoding="utf-8")).body if _named(node)}
         module = file.removesuffix(".py").replace("/", ".")
-        shown = "edgecompress" if module == "edgecompress.pipeline" else module
-        parts += [f"## {shown}", ""]
+        shown = HOMES.get(module, module)
+        if f"## {shown}" not in parts:
+            parts += [f"## {shown}", ""]
         for name in names:
             if name in found:
                 parts += _entry(found[name], shown, 3)

@@ -49,6 +49,22 @@ def fit_state(model: nn.Module, state: Mapping[str, Tensor], what: str) -> str:
     return head if resized else ""
 
 
+def classes_in(model: nn.Module, state: Mapping[str, Tensor], what: str) -> int:
+    """How many classes the classifier of saved weights has.
+
+    Args:
+        model: the network with a classifier of any size.
+
+    Raises:
+        BadModelError: the weights have no such layer.
+    """
+    head, own = last_layer(model), model.state_dict()
+    for key, value in state.items():
+        if _plain(key, own) == f"{head}.weight":
+            return int(value.shape[0])
+    raise BadModelError(f"{what} has no classifier '{head}'. Name the --model it was saved from.")
+
+
 def last_layer(model: nn.Module) -> str:
     """The name of the last linear layer or convolution in the order of definition: by custom the classifier."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]

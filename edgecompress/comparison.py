@@ -52,6 +52,11 @@ def _arms(report: RunReport) -> str:
     return ", ".join(dict.fromkeys(arm for arm in report.found_by.values() if arm != "skipped")) or words.NONE
 
 
+def _own_score(report: RunReport) -> str:
+    """What is measured where that is not accuracy."""
+    return "" if report.score.name == "accuracy" else f"{report.score.name}, "
+
+
 def _on_target(report: RunReport) -> words.Cell:
     return words.latency(report.compressed.cost)
 
@@ -59,8 +64,8 @@ def _on_target(report: RunReport) -> words.Cell:
 QUANTITIES = (
     Quantity("device", lambda r: r.target.name, lambda r: r.target.runtime),
     Quantity(
-        "accuracy", lambda r: words.percent(r.compressed.accuracy),
-        lambda r: words.points(r.compressed.accuracy, r.original.accuracy),
+        "accuracy", lambda r: r.score.text(r.compressed.accuracy),
+        lambda r: _own_score(r) + r.score.difference(r.compressed.accuracy, r.original.accuracy),
     ),
     Quantity(
         "bytes", lambda r: words.file_size(r.compressed.cost.size_bytes),
@@ -89,6 +94,7 @@ def remarks(runs: Sequence[Compared]) -> list[str]:
     """Why numbers of these runs must not be compared, one sentence each."""
     facts: tuple[tuple[str, str, Callable[[RunReport], str]], ...] = (
         ("data", "accuracies are not comparable", lambda r: r.config.data),
+        ("score", "accuracies are not comparable", lambda r: r.score.name),
         ("network", "ratios are to different originals", lambda r: r.config.model),
         ("device", "latencies on the device are not comparable", lambda r: r.target.name),
         ("host", "latencies on the host are not comparable", lambda r: r.provenance.get("machine", "?")),
@@ -112,6 +118,7 @@ def as_dicts(runs: Sequence[Compared]) -> list[dict[str, Any]]:
             "model": run.report.config.model,
             "data": run.report.config.data,
             "target": run.report.target.name,
+            "score": run.report.score.name,
             "accuracy": run.report.compressed.accuracy,
             "original_accuracy": run.report.original.accuracy,
             "size_bytes": run.report.compressed.cost.size_bytes,

@@ -20,6 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from edgecompress.machine import memory_bytes, memory_limit_bytes
+
 Status = Literal["ok", "missing", "problem", "info"]
 PYTHONS = ((3, 11), (3, 13))
 LOW_DISK_BYTES = 2 * 10**9
@@ -157,13 +159,11 @@ def _hardware() -> list[Finding]:
 
 
 def _memory() -> str:
-    lines = _text("/proc/meminfo").splitlines()
-    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines if line.endswith("kB")}
-    if "MemTotal" not in kilobytes:
+    known, limit = memory_bytes(), memory_limit_bytes()
+    if known is None:
         return "not known"
-    limit = _text("/sys/fs/cgroup/memory.max").strip()
-    held = f", this process may use {_gb(int(limit))}" if limit.isdigit() else ""
-    return f"{_gb(kilobytes['MemTotal'] * 1024)}, {_gb(kilobytes.get('MemAvailable', 0) * 1024)} free{held}"
+    held = f", this process may use {_gb(limit)}" if limit is not None else ""
+    return f"{_gb(known[0])}, {_gb(known[1])} free{held}"
 
 
 def _gpu() -> list[Finding]:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgecompress.data import Dataset, Split
 from edgecompress.errors import BadFileError, EdgeCompressError
 from edgecompress.files import cache_folder, written_whole
 from edgecompress.models import build_model
+from edgecompress.tasks import Task
 from edgecompress.trace import fingerprint
 
 OnEpoch = Callable[[int, int, float], None]
@@ -27,7 +27,7 @@ OnEpoch = Callable[[int, int, float], None]
 class TrainSettings:
     """One training run: SGD with Nesterov momentum under a cosine schedule with one epoch of warm-up.
 
-    distill: weight of the teacher's softened outputs (temperature 4) against the labels.
+    distill: weight of the teacher's outputs (`Task.distill`) against the labels.
     """
 
     epochs: int
@@ -86,7 +86,7 @@ def train(
             progress = (epoch + step / steps) / settings.epochs
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * _schedule(progress, settings.epochs)
-            loss = _loss(model(x), y, x, teacher, settings.distill)
+            loss = _loss(data.task, model(x), y, x, teacher, settings.distill)
             if penalty is not None:
                 loss = loss + penalty(progress)
             if not torch.isfinite(loss):
@@ -118,14 +118,13 @@ def _schedule(progress: float, epochs: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
-def _loss(logits: Tensor, y: Tensor, x: Tensor, teacher: nn.Module | None, weight: float) -> Tensor:
-    loss = F.cross_entropy(logits, y)
+def _loss(task: Task, outputs: Tensor, y: Tensor, x: Tensor, teacher: nn.Module | None, weight: float) -> Tensor:
     if teacher is None or weight == 0:
-        return loss
+        return task.loss(outputs, y, "mean")
     with torch.no_grad():
-        wanted = F.log_softmax(teacher(x) / 4, 1)
-    soft = F.kl_div(F.log_softmax(logits / 4, 1), wanted, reduction="batchmean", log_target=True) * 16
-    return (1 - weight) * loss + weight * soft
+        wanted = teacher(x)
+    soft = task.distill(outputs, wanted)
+    return soft if weight == 1 else (1 - weight) * task.loss(outputs, y, "mean") + weight * soft
 
 
 def _save(
@@ -174,15 +173,18 @@ def _restore(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimiz
 def accuracy_and_loss(
     forward: Callable[[Tensor], Tensor], data: Dataset, split: Split, batch_size: int = 256
 ) -> tuple[float, float]:
-    """Top-1 accuracy in [0, 1] and mean cross-entropy in nats of ``forward`` on ``split``."""
-    right = 0
+    """The task's score, turned so that more is better, and its mean loss of ``forward`` on ``split``.
+
+    Of classification: top-1 accuracy in [0, 1] and cross-entropy in nats.
+    """
+    measured = []
     loss = 0.0
     with torch.no_grad():
         for x, y in data.batches(split, batch_size):
-            logits = forward(x)
-            right += int((logits.argmax(1) == y).sum())
-            loss += float(F.cross_entropy(logits, y, reduction="sum"))
-    return right / len(split), loss / len(split)
+            outputs = forward(x)
+            measured.append(data.task.measure(outputs, y))
+            loss += float(data.task.loss(outputs, y, "sum"))
+    return data.task.merit(measured), loss / len(split)
 
 
 def reference_model(

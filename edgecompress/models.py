@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from edgecompress.errors import BadModelError, MissingBackendError, UnknownNameError
-from edgecompress.imports import imported
+from edgecompress.imports import imported, place_of
+from edgecompress.spec import Preprocessing
 from edgecompress.zoo import ZOO as ZOO
 from edgecompress.zoo import CifarVgg as CifarVgg
 
@@ -112,13 +113,56 @@ def own_weights(name: str) -> Any:
         return None
 
 
-def from_factory(name: str, classes: int) -> tuple[nn.Module, bool]:
+def own_preprocessing(name: str) -> Preprocessing | None:
+    """What the published weights of a torchvision or timm model expect of an image; None if there are none.
+
+    Raises:
+        BadModelError: they resize in a way that is not known here. MissingBackendError: timm is not installed.
+    """
+    if is_graph_file(name) or source_of(name) not in ("torchvision", "timm"):
+        return None
+    if source_of(name) == "timm":
+        found = getattr(_from_timm(name, 1000), "pretrained_cfg", None) or {}
+        if "mean" not in found:
+            return None
+        size = found.get("test_input_size") or found["input_size"]
+        crop = found.get("test_crop_pct") or found.get("crop_pct") or 1.0
+        crop_size, resize, method = size[-1], int(size[-1] / crop), str(found.get("interpolation", "bilinear"))
+        mean, std = found["mean"], found["std"]
+    else:
+        weights = own_weights(name)
+        if weights is None:
+            return None
+        how = weights.transforms()
+        crop_size, resize, method = how.crop_size[0], how.resize_size[0], how.interpolation.value
+        mean, std = how.mean, how.std
+    if method not in ("bilinear", "bicubic"):
+        raise BadModelError(
+            f"The weights of {name} want images resized by '{method}'; known are bilinear and bicubic. "
+            "Give --preprocessing data, or a JSON file with one of them."
+        )
+    return Preprocessing.model_validate(
+        {
+            "size": (crop_size, crop_size), "resize": resize, "mean": tuple(mean), "std": tuple(std),
+            "interpolation": method,
+        }
+    )  # fmt: skip
+
+
+def own_classes(name: str) -> tuple[str, ...]:
+    """The names of the classes that torchvision's published weights of ``name`` know; empty if there are none."""
+    weights = own_weights(name)
+    return () if weights is None else tuple(map(str, weights.meta.get("categories", ())))
+
+
+def from_factory(name: str, classes: int | None) -> tuple[nn.Module, bool]:
     """Call a user's factory.
 
     Args:
         name: ``package.module:factory``, looked for in the working directory and among installed packages. The factory
             takes the number of classes as ``classes``, as ``num_classes`` or as its one required argument, or nothing.
             An ``nn.Module`` under that name is taken as it is.
+        classes: None where the data does not say; the factory must then know it.
 
     Returns:
         The network, and whether it comes with weights: it is built under two seeds, and weights that differ are fresh.
@@ -143,12 +187,14 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
 
 
-def _called(factory: Callable[..., object], name: str, classes: int) -> nn.Module:
+def _called(factory: Callable[..., object], name: str, classes: int | None) -> nn.Module:
     try:
-        arguments, named = _arguments(factory, classes)
+        arguments, named = ((), {}) if classes is None else _arguments(factory, classes)
         model = factory(*arguments, **named)
     except Exception as error:
-        raise BadModelError(f"The model factory '{name}' raised {type(error).__name__}: {error}.") from error
+        raise BadModelError(
+            f"The model factory '{name}' raised {type(error).__name__}: {error}{place_of(error)}."
+        ) from error
     if not isinstance(model, nn.Module):
         raise BadModelError(f"The model factory '{name}' returned {type(model).__name__}; expected a torch.nn.Module.")
     return model.cpu()

@@ -35,6 +35,7 @@ def resolve(
     fields: dict[str, object] = {
         "model": model if isinstance(model, str) else f"<{type(model).__name__}>",
         "data": data if isinstance(data, str) else data.name,
+        "task": "classification" if isinstance(data, str) else data.task.name,
         "target": target.name,
         "budget": budget or (DEFAULT_BUDGET if target.integer_kernels else FLOAT_BUDGET),
         "threads": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,

@@ -9,30 +9,101 @@ absent              trained on the data                  as returned; trained if
 a file              loaded                               loaded                              refused
 ==================  ===================================  ==================================  ======================
 
-Where loaded weights have a classifier of another size, it is replaced and the network fine-tuned on the data.
+Where loaded weights have a classifier of another size, it is replaced and the network fine-tuned on the data. Images
+without labels can train nothing: then the network must bring its weights, and its own answers become the labels.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
-from edgecompress.checkpoints import fit_state, load_weights
-from edgecompress.data import Dataset
+from edgecompress.checkpoints import classes_in, fit_state, read_state
+from edgecompress.data import Dataset, Split
 from edgecompress.describe import GraphModule
-from edgecompress.errors import BadModelError, UsageError
+from edgecompress.errors import BadFileError, BadModelError, UsageError
+from edgecompress.files import read_json
 from edgecompress.finetune import accuracy_and_loss, reference_model
-from edgecompress.models import build_model, from_factory, is_graph_file, own_state, source_of
+from edgecompress.imports import place_of
+from edgecompress.models import (
+    build_model,
+    from_factory,
+    is_graph_file,
+    own_classes,
+    own_preprocessing,
+    own_state,
+    source_of,
+)
 from edgecompress.onnx_files import import_graph
 from edgecompress.progress import Progress
-from edgecompress.spec import Config, Target, parse_budgets
+from edgecompress.spec import Config, Preprocessing, Target, parse_budgets
 
 REFERENCE_EPOCHS = {"digits": 20}
 GRAPH_BUDGET = "size=0.3x"  # what 8 bits reach with room for scales and names
 WHY_NOT_PRUNED = "a file says what is computed, but not which channels may be cut and trained again together"
+
+
+def preprocessing_of(config: Config) -> Preprocessing | None:
+    """What images go through: as the published weights expect where those are used, or as the user says.
+
+    Returns:
+        None where the images themselves decide: their size, and the mean and deviation of the training images.
+
+    Raises:
+        BadModelError: the model has no published weights to ask. BadFileError: the named file holds no preprocessing.
+    """
+    how = config.preprocessing
+    if how == "data" or (how == "auto" and (config.weights or "").lower() != "default"):
+        return None
+    if how in ("auto", "weights"):
+        found = own_preprocessing(config.model)
+        if found is None and how == "weights":
+            raise BadModelError(
+                f"{config.model} has no published weights that say how images are prepared. Give --preprocessing data, or a "
+                "JSON file with size, mean and std."
+            )
+        return found
+    try:
+        return Preprocessing.model_validate(read_json(Path(how), "preprocessing"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadFileError(
+            f"The preprocessing {how} is wrong at '{'.'.join(map(str, first['loc']))}': {first['msg']}. Expected for example "
+            '{"size": [224, 224], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "resize": 256}.'
+        ) from error
+
+
+def answered(data: Dataset, network: nn.Module, config: Config) -> Dataset:
+    """``data`` with the classes that ``network`` gives in place of the labels that the images do not have."""
+    if data.labelled:
+        return data
+
+    def split(images: torch.Tensor) -> Split:
+        unknown = Split(images, torch.zeros(len(images), dtype=torch.long))
+        with torch.no_grad():
+            return Split(images, torch.cat([network(x).argmax(1) for x, _ in data.batches(unknown, 100)]))
+
+    images, _ = next(data.batches(data.test, 1))
+    with torch.no_grad():
+        count = network(images).shape[1]
+    return replace(
+        data,
+        classes=class_names(config, count),
+        train=split(data.train.images), calibration=split(data.calibration.images),
+        search_val=split(data.search_val.images), select_val=split(data.select_val.images),
+        test=split(data.test.images),
+    )  # fmt: skip
+
+
+def class_names(config: Config, count: int) -> tuple[str, ...]:
+    """Names of the network's own classes: those of the published weights where they fit, else numbers."""
+    names = own_classes(config.model) if (config.weights or "").lower() == "default" else ()
+    return names if len(names) == count else tuple(map(str, range(count)))
 
 
 def original_network(model: str | nn.Module, config: Config, data: Dataset, progress: Progress) -> nn.Module:
@@ -60,13 +131,17 @@ def original_network(model: str | nn.Module, config: Config, data: Dataset, prog
 
 
 def _trained(name: str, data: Dataset, progress: Progress) -> nn.Module:
+    if not data.labelled:
+        raise BadModelError(
+            f"{name} has no weights, and {data.name} has no labels to train it on. Give --weights DEFAULT or a file."
+        )
     epochs = REFERENCE_EPOCHS.get(data.name, 60)
     progress.stage(f"Reference network {name} on {data.name}", epochs)
     return reference_model(name, data, epochs=epochs, on_epoch=progress.epoch)
 
 
 def _of_factory(name: str, config: Config, data: Dataset, progress: Progress) -> nn.Module:
-    network, has_weights = from_factory(name, len(data.classes))
+    network, has_weights = from_factory(name, len(data.classes) if data.labelled else None)
     if has_weights or config.weights:
         return _checked(network.eval(), config, data, progress)
     progress.note(
@@ -79,15 +154,14 @@ def _of_factory(name: str, config: Config, data: Dataset, progress: Progress) ->
 def _loaded(name: str, config: Config, data: Dataset, progress: Progress) -> nn.Module:
     """A network with weights from a file or published ones; fine-tuned where its classifier had to be replaced."""
     assert config.weights is not None
-    state = None
     if config.weights.lower() == "default":
-        state = own_state(name, download=config.download)
-    torch.manual_seed(config.seed)  # decides a classifier that must be made anew
-    network = build_model(name, len(data.classes))
-    if state is None:
-        resized = load_weights(network, Path(config.weights))
+        state, what = own_state(name, download=config.download), f"The published checkpoint of {name}"
     else:
-        resized = fit_state(network, state, f"The published checkpoint of {name}")
+        state, what = read_state(Path(config.weights)), f"The checkpoint {config.weights}"
+    classes = len(data.classes) if data.labelled else classes_in(build_model(name, 10), state, what)
+    torch.manual_seed(config.seed)  # decides a classifier that must be made anew
+    network = build_model(name, classes)
+    resized = fit_state(network, state, what)
     if not resized:
         return _checked(network.eval(), config, data, progress)
     epochs = config.finetune_epochs
@@ -141,11 +215,8 @@ def fixed_graph_options(model: str, target: Target, budget: str | None, stages: 
 
 
 def _checked(network: nn.Module, config: Config, data: Dataset, progress: Progress) -> nn.Module:
-    """``network``, if it has an output for every class; a note where it answers no better than by guessing."""
-    classes = len(data.classes)
-    if classes < 2:
-        return network
-    images, _ = next(data.batches(data.select_val, 1))
+    """``network``, if its outputs are what the task wants; a note where it answers no better than by guessing."""
+    images, labels = next(data.batches(data.select_val, 1))
     try:
         with torch.no_grad():
             outputs = network(images)
@@ -153,26 +224,53 @@ def _checked(network: nn.Module, config: Config, data: Dataset, progress: Progre
         raise BadModelError(
             f"{config.model} fails on one image of shape {tuple(images.shape[1:])}: {error}. Give images of the size it was made for."
         ) from error
-    if not isinstance(outputs, torch.Tensor) or outputs.dim() != 2 or outputs.shape[1] < classes:
-        found = tuple(outputs.shape[1:]) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
-        raise BadModelError(
-            f"{config.model} gives {found} for one image; {data.name} has {classes} classes, so expected ({classes},). "
-            "Give a network with one score per class."
-        )
-    if outputs.shape[1] > classes:
+    _check_outputs(outputs, config.model, data)
+    classes = len(data.classes)
+    if data.task.class_scores and data.labelled and outputs.shape[1] > classes:
         progress.note(
             f"{config.model} has {outputs.shape[1]} outputs, {data.name} has {classes} classes; the first ones count"
         )
-    _note_guessing(network, config.model, data, progress)
+    if data.task.outputs_rank == 2:
+        if data.labelled:
+            _note_guessing(network, config.model, data, progress)
+        return network
+    try:
+        data.task.merit([data.task.measure(outputs, labels)])
+        data.task.loss(outputs, labels, "mean")
+    except Exception as error:
+        raise BadModelError(
+            f"The task '{data.task.name}' cannot score what {config.model} gives for one image, {tuple(outputs.shape[1:])}, "
+            f"with labels {tuple(labels.shape[1:])}: {error}{place_of(error)}. Give a network and labels of the task."
+        ) from error
     return network
+
+
+def _check_outputs(outputs: object, name: str, data: Dataset) -> None:
+    """Refuse outputs that are no tensor, or no score per class where the task wants one."""
+    task, classes = data.task, len(data.classes)
+    rank = task.outputs_rank
+    if (
+        isinstance(outputs, torch.Tensor)
+        and rank in (None, outputs.dim())
+        and (not task.class_scores or not data.labelled or outputs.shape[1] >= classes)
+    ):
+        return
+    found = tuple(outputs.shape[1:]) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
+    if not task.class_scores:
+        raise BadModelError(
+            f"{name} gives {found} for one image; the task '{task.name}' wants one tensor of {rank} dimensions."
+        )
+    wanted = f"({classes or 'classes'},)" if rank == 2 else f"({classes or 'classes'}, height, width)"
+    raise BadModelError(
+        f"{name} gives {found} for one image; {data.name} has {classes} classes, so expected {wanted}. "
+        "Give a network with one score per class."
+    )
 
 
 def _note_guessing(network: nn.Module, name: str, data: Dataset, progress: Progress) -> None:
     share = float(data.select_val.labels.bincount().max()) / len(data.select_val)
-    if share == 1:
-        return  # the labels are not known
     accuracy, _ = accuracy_and_loss(network, data, data.select_val)
-    if accuracy <= share:
+    if accuracy <= share < 1:
         progress.note(
             f"{name} answers {accuracy:.1%} of the select-val images right, no better than guessing ({share:.1%}): check its "
             "weights, the order of the classes and the preprocessing"

@@ -15,7 +15,7 @@ from edgecompress.cost import LatencyModel, count
 from edgecompress.data import Dataset, load_data
 from edgecompress.describe import GraphModule, graph_of, traced_of
 from edgecompress.envs import Limit
-from edgecompress.errors import UnknownNameError
+from edgecompress.errors import UnknownNameError, UsageError
 from edgecompress.exporters.formats import EXPORTERS, ExportSource, export
 from edgecompress.exporters.quantized_file import save_graph, save_quantized
 from edgecompress.exporters.sizes import PlannedSize
@@ -25,7 +25,7 @@ from edgecompress.graph import Graph, read_graph
 from edgecompress.latency_tables.predict import latency_model
 from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.options import label, resolve, run_name
-from edgecompress.original import original_network
+from edgecompress.original import answered, class_names, original_network, preprocessing_of
 from edgecompress.progress import Progress, Silent
 from edgecompress.quantize import Simulator, calibrate
 from edgecompress.report import ORIGINAL, ORIGINAL_INT8, report_on, write_report
@@ -36,11 +36,14 @@ from edgecompress.spec import (
     CompressionPolicy,
     Config,
     LayerChoice,
+    Preprocessing,
     RunReport,
     Target,
     parse_budgets,
 )
+from edgecompress.splits import checked
 from edgecompress.stages import Job, limits_for, prune_stage, quantize_stage, recover
+from edgecompress.tasks import AGREEMENT, task_by_name
 from edgecompress.threads import torch_threads
 
 if TYPE_CHECKING:
@@ -93,7 +96,7 @@ def compress(  # noqa: PLR0913 (the public call: everything beyond what, where a
     Args:
         model: a name (see `models.build_model`), a ``.onnx`` or ``.pt2`` file (quantised and exported only), or a trained
             ``nn.Module`` that maps ``[N, C, H, W]`` to ``[N, classes]``. Whose weights it gets: see `original`.
-        data: a name, the root of an image folder, or a `Dataset`.
+        data: a name, the root of an image folder, ``package.module:factory`` (see `data.load_data`), or a `Dataset`.
         target: a device, see ``edgecompress targets``.
         budget: for example ``"flops=0.5x,size=0.125x"``; the default depends on whether the target runs integers.
         name: of the run folder, by default ``<model>-<data>-<target>``.
@@ -108,8 +111,9 @@ def compress(  # noqa: PLR0913 (the public call: everything beyond what, where a
     name = name or run_name(config)
     with torch_threads(config.threads), opened(Path(runs) / name, config, resume=resume, overwrite=overwrite) as run:
         clock = _Clock()
-        dataset = dataset_of(data, config)
+        dataset = dataset_of(data, config, progress)
         original = original_network(model, config, dataset, progress)
+        dataset = answered(dataset, original, config)
         clock.lap("reference")
         job, latency, about, size = prepare(config, device, dataset, original, run, progress)
         clock.lap("trace and original")
@@ -132,11 +136,48 @@ def compress(  # noqa: PLR0913 (the public call: everything beyond what, where a
         return Run(run, report, data if isinstance(data, Dataset) else None)
 
 
-def dataset_of(data: str | Dataset, config: Config) -> Dataset:
-    """The images of a run, loaded unless they were handed over."""
+def dataset_of(
+    data: str | Dataset, config: Config, progress: Progress, preprocessing: Preprocessing | None = None
+) -> Dataset:
+    """The images of a run, loaded unless they were handed over.
+
+    Args:
+        preprocessing: of a run that was made already.
+
+    Raises:
+        BadDataError: see `data.load_data`. UsageError: images in memory are to be prepared in another way.
+    """
+    task = data.task if isinstance(data, Dataset) and data.task.name == config.task else task_by_name(config.task)
     if isinstance(data, Dataset):
-        return data
-    return load_data(config.data, image_size=config.image_size, seed=config.seed)
+        if config.preprocessing != "auto" or config.image_size:
+            raise UsageError(
+                "Images in memory bring their own preprocessing; put the wanted one into the Dataset, or name the data."
+            )
+        return checked(replace(data, task=task if data.labelled else AGREEMENT))
+    found = load_data(
+        config.data, image_size=None if preprocessing else config.image_size, seed=config.seed, task=task,
+        preprocessing=preprocessing or preprocessing_of(config), unlabelled=config.unlabelled, download=config.download,
+        on_read=_Reading(progress, config.data),
+    )  # fmt: skip
+    for text in found.notes:
+        progress.note(text)
+    if not found.labelled:
+        progress.note(f"{found.name} has no labels: what is measured is agreement with the original network")
+    return found
+
+
+class _Reading:
+    """Tells of images being read, where that takes long enough to be asked about."""
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self._progress, self._name = progress, name
+        self._before = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if done <= self._before or self._before == 0:
+            self._progress.stage(f"Read {self._name}", total)
+        self._before = done
+        self._progress.step(done, total)
 
 
 def prepare(
@@ -247,7 +288,9 @@ def export_run(path: Path, format_name: str, *, data: Dataset | None = None, che
     config = run.config()
     if format_name not in EXPORTERS:
         raise UnknownNameError("format", format_name, EXPORTERS)
-    data = data or load_data(config.data, image_size=config.image_size, seed=config.seed)
+    architecture = run.architecture()
+    if data is None:
+        data = dataset_of(config.data, config, Silent(), architecture.preprocessing)
     integers = run.file("quantized.safetensors").exists() or not run.file("graph.onnx").exists()
     quantized = run.quantized() if integers else None
     source = ExportSource(
@@ -257,7 +300,8 @@ def export_run(path: Path, format_name: str, *, data: Dataset | None = None, che
         policy=run.policy(),
         target=target_by_name(config.target),
         preprocessing=data.preprocessing,
-        classes=data.classes,
+        classes=data.classes if data.labelled else class_names(config, architecture.classes),
+        class_scores=data.task.class_scores,
         images=data.normalise(data.select_val.images[:100]).numpy(),
     )
     return export(source, format_name, run.file("exports"), check=check)

@@ -19,7 +19,7 @@ from edgecompress.finetune import reference_file
 from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.models import build_model
 from edgecompress.options import resolve, run_name
-from edgecompress.original import original_network
+from edgecompress.original import answered, original_network
 from edgecompress.pipeline import dataset_of, formats_for, prepare
 from edgecompress.progress import Progress, Silent
 from edgecompress.prune import reestimate_batchnorm
@@ -101,8 +101,9 @@ def make_plan(
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="edgecompress-plan-") as scratch:
         progress.stage("Load, trace and price the network", 1)
-        dataset = dataset_of(data, config)
+        dataset = dataset_of(data, config, progress)
         original, ahead = _original(model, config, dataset, progress)
+        dataset = answered(dataset, original, config)
         job, latency, about, size = prepare(config, device, dataset, original, RunFolder(Path(scratch)), Silent())
         preparing_s = time.perf_counter() - started
         found = rehearse(job, latency, size, progress)
@@ -157,6 +158,8 @@ class _Ahead:
     def trial(self, stage: Stage, trial: Trial, best: Trial | None) -> None: ...
 
     def epoch(self, epoch: int, epochs: int, loss: float) -> None: ...
+
+    def step(self, done: int, total: int) -> None: ...
 
     def note(self, text: str) -> None:
         self._progress.note(text)

@@ -112,9 +112,9 @@ def reestimate_batchnorm(
         norm.momentum = None  # a cumulative average
     model.train()
     generator = torch.Generator().manual_seed(seed)
-    split = data.train.take(torch.randperm(len(data.train), generator=generator)[:images])
+    rows = torch.randperm(len(data.train), generator=generator)[:images]
     with torch.no_grad():
-        for x, _ in data.batches(split, 150, generator=generator, augment=augment):
+        for x, _ in data.batches(data.train, 150, generator=generator, augment=augment, rows=rows):
             if len(x) > 1:
                 model(x)
     for norm, momentum in zip(norms, momenta, strict=True):

@@ -100,13 +100,17 @@ def clip_limit(graph: Graph, node: Node | None) -> float | None:
 
 
 def find_points(graph: Graph) -> Points:
-    """Every computed value is quantised, but for those inside a fused operator and the network's output."""
+    """Every computed value is quantised, but for those inside a fused operator and the network's output.
+
+    The output of a convolution is quantised even then (scores per pixel): ONNX Runtime has no integer kernel for a
+    convolution that gives floats, as it has for a linear layer.
+    """
     inside = {node.inputs[0] for node in graph.nodes if is_fused_activation(graph, node)}
     owner: dict[str, str] = {graph.inputs[0]: graph.inputs[0]}
     signed: dict[str, bool] = {graph.inputs[0]: True}
     for node in graph.nodes:
         value = node.outputs[0]
-        if value in inside or value in graph.outputs:
+        if value in inside or (value in graph.outputs and not _of_convolution(graph, node)):
             continue
         if node.op in _PASS_THROUGH and node.inputs[0] in owner:
             owner[value] = owner[node.inputs[0]]
@@ -125,6 +129,12 @@ def find_points(graph: Graph) -> Points:
         )
     layer_input = {layer.name: owner[layer.inputs[0]] for layer in graph.layers if layer.inputs[0] in owner}
     return Points(owner, signed, layer_input)
+
+
+def _of_convolution(graph: Graph, node: Node) -> bool:
+    """Whether ``node`` is a convolution, or the activation that one absorbs."""
+    before = graph.producer(node.inputs[0]) if is_fused_activation(graph, node) else node
+    return before is not None and before.op == "Conv"
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from edgecompress.cost import LatencyModel, average_weight_bits, channels, count, layer_macs
-from edgecompress.data import Dataset, load_data
+from edgecompress.data import Dataset, Split, load_data
 from edgecompress.errors import BadDataError, BadFileError
 from edgecompress.exporters.runners import OnnxRuntimeRunner, measure_latency_us
 from edgecompress.files import write_document, write_text
@@ -27,9 +28,11 @@ from edgecompress.spec import (
     Goal,
     LayerChoice,
     LayerRow,
+    Preprocessing,
     RunReport,
 )
 from edgecompress.stages import Job
+from edgecompress.tasks import task_by_name
 
 ORIGINAL = "original.onnx"
 ORIGINAL_INT8 = "original.int8.onnx"
@@ -37,7 +40,7 @@ UNITS = {"flops": "MACs", "params": "parameters", "size": "B", "bops": "BOPs", "
 
 
 def evaluate_file(path: Path, data: Dataset, *, optimise: bool = True) -> float:
-    """Top-1 accuracy in [0, 1] of an ONNX file on the test split, in ONNX Runtime."""
+    """The score (top-1 accuracy in [0, 1]; see `spec.Score`) of an ONNX file on the test split, in ONNX Runtime."""
     runner = OnnxRuntimeRunner(path, threads=2, optimise=optimise)
     fixed = isinstance(runner.session.get_inputs()[0].shape[0], int)
 
@@ -64,8 +67,19 @@ def is_trt_dialect(path: Path) -> bool:
     return onnx.TensorProto.INT8 in zeros
 
 
-def evaluate_artifact(path: Path, data: str, *, image_size: int | None = None, threads: int = 1) -> dict[str, Any]:
-    """Accuracy on the test split and latency of an exported file, or of the integer file of a run folder.
+def evaluate_artifact(
+    path: Path,
+    data: str,
+    *,
+    image_size: int | None = None,
+    threads: int = 1,
+    task: str = "classification",
+    unlabelled: bool = False,
+) -> dict[str, Any]:
+    """Score on the test split and latency of an exported file, or of the integer file of a run folder.
+
+    Images are prepared as the file says; one of another origin gets what the images themselves suggest. Without labels
+    the score is agreement with ``original.onnx``, which lies in the same folder or the one above.
 
     Raises:
         BadFileError: the file is missing or no ONNX. BadDataError: the images have another shape than the network's input.
@@ -81,25 +95,48 @@ def evaluate_artifact(path: Path, data: str, *, image_size: int | None = None, t
         )
     as_written = is_trt_dialect(path)
     runner = OnnxRuntimeRunner(path, threads=threads, optimise=not as_written)
-    dataset = load_data(data, image_size=image_size)
+    written = runner.session.get_modelmeta().custom_metadata_map.get("edgecompress.preprocess")
+    how = Preprocessing.model_validate_json(written) if written else None
+    dataset = load_data(
+        data, image_size=image_size, preprocessing=how, task=task_by_name(task), unlabelled=unlabelled
+    )  # fmt: skip
     wanted, found = runner.session.get_inputs()[0].shape[1:], list(dataset.test.images.shape[1:])
     if wanted != found:
         raise BadDataError(
             f"{path.name} takes images of shape {wanted}, {data} has {found}. Give --image-size {wanted[-1]} or the data it was made for."
         )
+    if not dataset.labelled:
+        dataset = _as_original_says(dataset, path)
     image = dataset.normalise(dataset.test.images[:1]).numpy()
     latency = None if as_written else measure_latency_us(runner, image)
     del runner
+    score = evaluate_file(path, dataset, optimise=not as_written)
     return {
         "file": str(path),
         "size_bytes": path.stat().st_size,
         "data": dataset.name,
         "images": len(dataset.test),
-        "accuracy": evaluate_file(path, dataset, optimise=not as_written),
+        "accuracy": score,
+        "score": dataset.task.about.model_dump(),
         "threads": threads,
         "median_us": latency["median_us"] if latency else None,
         "p90_us": latency["p90_us"] if latency else None,
     }
+
+
+def _as_original_says(data: Dataset, path: Path) -> Dataset:
+    """``data`` with the original file's answers as the labels of its test split."""
+    original = next(
+        (folder / ORIGINAL for folder in (path.parent, path.parent.parent) if (folder / ORIGINAL).exists()), None
+    )
+    if original is None:
+        raise BadDataError(
+            f"{data.name} has no labels, and there is no {ORIGINAL} beside {path} to agree with. Evaluate the file in its run "
+            "folder, or give data with labels."
+        )
+    runner = OnnxRuntimeRunner(original)
+    answers = [torch.from_numpy(runner.run(x.numpy())).argmax(1) for x, _ in data.batches(data.test, 100)]
+    return replace(data, test=Split(data.test.images, torch.cat(answers)))
 
 
 def report_on(
@@ -153,6 +190,7 @@ def report_on(
         name=job.run.path.name,
         config=job.config,
         target=job.target,
+        score=job.data.task.about,
         latency_source=about,
         original=columns[ORIGINAL],
         compressed=columns[deployed],
@@ -189,7 +227,8 @@ def _goals(job: Job, original: Column, compressed: Column) -> tuple[Goal, ...]:
     if job.config.max_accuracy_drop is not None:
         drop = 100 * (original.accuracy - compressed.accuracy)
         allowed = job.config.max_accuracy_drop
-        goals.append(Goal(goal="accuracy drop", value=drop, limit=allowed, unit="points", holds=drop <= allowed))
+        goal = f"{job.data.task.score_name} drop"
+        goals.append(Goal(goal=goal, value=drop, limit=allowed, unit="points", holds=drop <= allowed))
     return tuple(goals)
 
 

@@ -159,26 +159,27 @@ def _cost_axis(trials: Sequence[Trial]) -> tuple[str, charts.Axis, Callable[[Tri
 
 
 def _pareto(report: RunReport, trials: Sequence[Trial], colours: Mapping[str, int], built: Trial | None) -> Markup:
+    score = report.score
     metric, axis, cost_of = _cost_axis(trials)
     marks = [
         charts.Mark(
             x=cost_of(trial),
-            y=100 * trial.accuracy,
+            y=score.shown(trial.accuracy),
             colour=colours[trial.arm],
-            label=f"{trial.arm}, trial {trial.episode}: {words.percent(trial.accuracy)} at {axis.write(cost_of(trial))}",
+            label=f"{trial.arm}, trial {trial.episode}: {score.text(trial.accuracy)} at {axis.write(cost_of(trial))}",
             hollow=not words.fits(report, trial),
             chosen=trial is built,
         )
         for trial in trials
     ]
     limit = next((goal.limit for goal in report.goals if goal.goal.startswith(f"{metric}=")), None)
-    label = f"Accuracy against {axis.title} of {len(trials)} trials."
+    label = f"{score.title} against {axis.title} of {len(trials)} trials."
     if built is not None:
-        label += f" Built: {words.percent(built.accuracy)} at {axis.write(cost_of(built))}."
+        label += f" Built: {score.text(built.accuracy)} at {axis.write(cost_of(built))}."
     return charts.chart(
         marks,
         charts.Axis(f"{axis.title} →", _tick(axis.write)),
-        charts.Axis("search-val accuracy, %", _plain),
+        charts.Axis(f"search-val {score.name}{', %' if score.percent else ''}", _plain),
         label,
         line=_rising(sorted((mark.x, mark.y) for mark in marks)),
         limit=(limit, "budget") if limit is not None else None,

@@ -89,11 +89,6 @@ def ratio(after: float | None, before: float | None) -> str:
     return f"{share:.2f}x" if share >= 0.2 else f"{significant(share, 3 if share >= 0.1 else 2)}x"
 
 
-def points(accuracy: float, original: float) -> str:
-    """The difference of two accuracies in points, with its sign."""
-    return f"{100 * (accuracy - original):+.2f} points"
-
-
 def band(cost: Cost) -> str:
     """The bounds of a latency, or nothing."""
     if cost.latency_low_us is None or cost.latency_high_us is None:
@@ -174,7 +169,7 @@ def rows(report: RunReport, trials: Sequence[Trial] = ()) -> list[Row]:
     Args:
         trials: where the cost of the unpruned network at 8 bits on the target is taken from; without, it is left open.
     """
-    before, after = report.original, report.compressed
+    before, after, score = report.original, report.compressed, report.score
     file, cost = int8_alone(report, trials)
     params, macs = (before.cost.params, before.cost.macs) if file else (None, None)
 
@@ -184,10 +179,14 @@ def rows(report: RunReport, trials: Sequence[Trial] = ()) -> list[Row]:
 
     result = [
         Row(
-            "Accuracy",
-            "top-1 on the test split, of the exported file",
-            (Cell(percent(before.accuracy)), Cell(percent(file.accuracy if file else None)), Cell(percent(after.accuracy))),
-            Cell(points(after.accuracy, before.accuracy)),
+            score.title,
+            f"{score.note} on the test split, of the exported file".strip(),
+            (
+                Cell(score.text(before.accuracy)),
+                Cell(score.text(file.accuracy if file else None)),
+                Cell(score.text(after.accuracy)),
+            ),
+            Cell(score.difference(after.accuracy, before.accuracy)),
         ),
         counted("Parameters", "elements", before.cost.params, params, after.cost.params),
         counted("Non-zeros", "parameters that are not zero", before.cost.nonzeros, params, after.cost.nonzeros),

@@ -20,12 +20,13 @@ TITLES: dict[Stage, str] = {"prune": "Stage 1: channels", "quantize": "Stage 2: 
 def render_markdown(report: RunReport, trials: Sequence[Trial] = ()) -> str:
     """The same story, short, as GitHub markdown."""
     config, after, before = report.config, report.compressed, report.original
-    accuracy = f"{words.percent(before.accuracy)} → {words.percent(after.accuracy)}"
+    score = report.score
+    accuracy = f"{score.title} {score.text(before.accuracy)} → {score.text(after.accuracy)}"
     size = f"{words.file_size(before.cost.size_bytes)} → {words.file_size(after.cost.size_bytes)}"
     lines = [
         f"# {markdown_cell(config.model)} on {markdown_cell(config.data)} for {markdown_cell(report.target.device)}",
         "",
-        f"**{words.verdict(report.goals)}.** Accuracy {accuracy}, size {size}.",
+        f"**{words.verdict(report.goals)}.** {markdown_cell(accuracy)}, size {size}.",
         "",
     ]
     for goal in report.goals:
@@ -36,12 +37,12 @@ def render_markdown(report: RunReport, trials: Sequence[Trial] = ()) -> str:
         cells = [f"{row.label} ({row.note})", *map(str, row.cells), str(row.ratio)]
         lines.append(f"| {' | '.join(markdown_cell(cell) for cell in cells)} |")
     lines += ["", f"Latency on the target: {markdown_cell(report.latency_source)}.", ""]
-    lines += ["| file | size | accuracy | latency on this host | checks |", "|---|--:|--:|--:|---|"]
+    lines += [f"| file | size | {markdown_cell(score.name)} | latency on this host | checks |", "|---|--:|--:|--:|---|"]
     for artifact in report.artifacts:
         host = words.duration(artifact.host_latency_us)
         host = f"{host} measured" if artifact.host_latency_us is not None else "not run here"
         checks = ", ".join(f"{check.text}: {check.value}" for check in checks_of(artifact.checks)) or words.NONE
-        cells = [artifact.name, words.file_size(artifact.size_bytes), words.percent(artifact.accuracy), host, checks]
+        cells = [artifact.name, words.file_size(artifact.size_bytes), score.text(artifact.accuracy), host, checks]
         lines.append(f"| {' | '.join(markdown_cell(cell) for cell in cells)} |")
     found = ", ".join(
         f"{TITLES[s].lower()}: {markdown_cell(report.found_by[s])}" for s in get_args(Stage) if s in report.found_by

@@ -15,7 +15,7 @@ from edgecompress.spec import Config
 FILE_NAME = "run.toml"
 _ALWAYS_PATHS = ("table", "runs", "tensorboard")
 _GRAPH_SUFFIXES = (".onnx", ".pt2")
-_KEYWORDS = ("default", "none")  # of --weights
+_KEYWORDS = {"weights": ("default", "none"), "preprocessing": ("auto", "data", "weights")}
 
 
 def to_toml(config: Config, run: Path) -> str:
@@ -49,8 +49,8 @@ def is_path(key: str, value: str, folder: Path) -> bool:
     """Whether ``value`` names a file or folder; one without a separator counts as data only if it is in ``folder``."""
     if key in _ALWAYS_PATHS:
         return True
-    if key == "weights":
-        return value.lower() not in _KEYWORDS
+    if key in _KEYWORDS:
+        return value.lower() not in _KEYWORDS[key]
     if key == "model":
         return value.lower().endswith(_GRAPH_SUFFIXES)
     if key != "data" or (":" in value and not os.path.isabs(value)):

@@ -5,6 +5,7 @@ What is written to or read from a file is a `Document`: it carries ``schema_vers
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any, Literal, get_args
 
@@ -263,7 +264,7 @@ class Preprocessing(Frozen):
     """How an image becomes the network's input: ``(pixel / 255 - mean) / std`` per channel, at ``size`` (H, W).
 
     The image is stretched to ``size``; with ``resize``, its shorter side is resized to that and ``size`` is cut out of the
-    middle. Both fields are written only where they are not the default.
+    middle. ``resize`` and ``interpolation`` are written only where they are not the default.
     """
 
     size: tuple[int, int]
@@ -272,6 +273,11 @@ class Preprocessing(Frozen):
     channels: Literal["RGB", "L"] = "RGB"
     resize: int | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+    def at(self, size: int) -> Preprocessing:
+        """The same at ``size x size`` pixels; what is cut off at the edges stays the same share of the image."""
+        resize = None if self.resize is None else round(self.resize * size / min(self.size))
+        return self.model_copy(update={"size": (size, size), "resize": resize})
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -304,8 +310,11 @@ class Config(Document):
 
     model: str = "resnet8"
     data: str = "digits"
+    task: str = "classification"
+    unlabelled: bool = False
     weights: str | None = None
     image_size: int | None = None
+    preprocessing: str = "auto"
     trust: bool = False
     download: bool = False
     target: str = "jetson-orin-nano"
@@ -343,8 +352,40 @@ class Architecture(Document):
     preprocessing: Preprocessing
 
 
+class Score(Frozen):
+    """What the fields named ``accuracy`` hold, in words. ``percent``: a share in [0, 1], shown as percent.
+
+    More is always better: where the task's own score is better when it is lower, they hold minus that score.
+    """
+
+    name: str = "accuracy"
+    note: str = "top-1"
+    higher_is_better: bool = True
+    percent: bool = True
+
+    @property
+    def title(self) -> str:
+        """The name with a capital letter."""
+        return self.name[:1].upper() + self.name[1:]
+
+    def shown(self, value: float) -> float:
+        """The number that people know, in percent if it is a share."""
+        return (value if self.higher_is_better else -value) * (100 if self.percent else 1)
+
+    def text(self, value: float | None) -> str:
+        """``value`` as people know it."""
+        if value is None or not math.isfinite(value):
+            return "–"
+        return f"{self.shown(value):.2f} %" if self.percent else f"{self.shown(value):.4g}"
+
+    def difference(self, value: float, original: float) -> str:
+        """How much the score moved, with its sign: in points, or in its own unit."""
+        moved = self.shown(value) - self.shown(original)
+        return f"{moved:+.2f} points" if self.percent else f"{moved:+.4g}"
+
+
 class Column(Frozen):
-    """One side of the report's table. Accuracies are top-1 in [0, 1] on the test split, of the exported file."""
+    """One side of the report's table. ``accuracy`` is the run's `Score` on the test split, of the exported file."""
 
     accuracy: float
     cost: Cost
@@ -395,6 +436,7 @@ class RunReport(Document):
     name: str
     config: Config
     target: Target
+    score: Score = Score()
     latency_source: str
     original: Column
     compressed: Column

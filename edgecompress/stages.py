@@ -173,6 +173,7 @@ def _settings(job: Job, epochs: int, rate: float = 1.0) -> TrainSettings:
         epochs=epochs,
         learning_rate=job.config.learning_rate * rate,
         batch_size=job.config.batch_size,
+        distill=TrainSettings.distill if job.data.labelled else 1.0,
         seed=job.config.seed,
     )
 
@@ -191,7 +192,10 @@ def _tightened(
             break
         candidate = tighter.to_policy(tighter.project(space.wishes(chosen.choice)))
         accuracy, _ = _short_finetune(job, build(candidate))
-        job.progress.note(f"cheaper by {1 - 0.85**step:.0%}: select-val accuracy {accuracy:.2%} (wanted {wanted:.2%})")
+        score = job.data.task.about
+        job.progress.note(
+            f"cheaper by {1 - 0.85**step:.0%}: select-val {score.name} {score.text(accuracy)} (wanted {score.text(wanted)})"
+        )
         if accuracy < wanted:
             break
         policy = candidate
@@ -334,9 +338,8 @@ def _learned_steps(job: Job, quantized: QuantizedGraph) -> QuantizedGraph:
     )
     after = accuracy_and_loss(module, job.data, job.data.select_val)
     if (after[0], -after[1]) < (before[0], -before[1]):
-        job.progress.note(
-            f"training the steps lost ({before[0]:.2%} to {after[0]:.2%} on select-val); the calibrated steps stay"
-        )
+        lost = " to ".join(job.data.task.about.text(value) for value, _ in (before, after))
+        job.progress.note(f"training the steps lost ({lost} on select-val); the calibrated steps stay")
         return quantized
     return module.finished()
 

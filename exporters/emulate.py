@@ -68,7 +68,9 @@ def emulate(quantized: QuantizedGraph, x: Tensor) -> Tensor:
             floats[value] = result
         else:
             integers[value] = _quantize(result, how)
-    return floats[graph.outputs[0]]
+    result = _float(graph.outputs[0], floats, integers, quantized, constants)
+    assert result is not None
+    return result
 
 
 def _activations(graph: Graph, node: Node) -> list[str]:

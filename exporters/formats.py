@@ -26,7 +26,8 @@ from edgecompress.spec import Artifact, CompressionPolicy, Network, Preprocessin
 class ExportSource:
     """A compressed network and what a deployer must know of it. ``quantized`` is None where the target runs no integers.
 
-    ``images`` are normalised ``float32 [N, C, H, W]``: what the checks run on.
+    ``images`` are normalised ``float32 [N, C, H, W]``: what the checks run on. ``class_scores``: axis 1 of the outputs are
+    scores of classes.
     """
 
     graph: Graph
@@ -37,6 +38,7 @@ class ExportSource:
     preprocessing: Preprocessing
     classes: tuple[str, ...]
     images: NDArray[np.float32]
+    class_scores: bool = True
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -74,7 +76,7 @@ def _write_ort(source: ExportSource) -> onnx.ModelProto:
 
 
 def _check_ort(source: ExportSource, data: bytes) -> verify.Checks:
-    return verify.check_ort(data, _integers(source), source.images)
+    return verify.check_ort(data, _integers(source), source.images, class_scores=source.class_scores)
 
 
 def _write_trt(source: ExportSource) -> onnx.ModelProto:
@@ -89,7 +91,7 @@ def _write_trt(source: ExportSource) -> onnx.ModelProto:
 def _check_trt(source: ExportSource, data: bytes) -> verify.Checks:
     if source.quantized is None:
         return verify.check_float(data, source.graph, source.images[:1])
-    return verify.check_trt(data, source.quantized, source.images)
+    return verify.check_trt(data, source.quantized, source.images, class_scores=source.class_scores)
 
 
 def _files_for_the_device(source: ExportSource, folder: Path) -> None:

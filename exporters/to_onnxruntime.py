@@ -56,7 +56,8 @@ class _Writer:
         self.names = Names((*self.graph.inputs, *self.graph.outputs))
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[TensorProto] = []
-        self.float_names: dict[str, str] = {name: name for name in (*self.graph.inputs, *self.graph.outputs)}
+        given = (*self.graph.inputs, *(name for name in self.graph.outputs if name not in quantized.tensors))
+        self.float_names: dict[str, str] = {name: name for name in given}
         self.read_names: dict[str, str] = {}
         self.shared: dict[tuple[str, float], str] = {}
         self.opset = BASE_OPSET
@@ -120,7 +121,7 @@ class _Writer:
             return
         source = self.float_names.setdefault(value, self.names.new())
         scale, zero = self._scalar("scale", how.scale), self._scalar("zero", zero_point(how))
-        integers, output = self.names.new(), self.names.new()
+        integers, output = self.names.new(), value if value in self.graph.outputs else self.names.new()
         self.nodes.append(node("QuantizeLinear", [source, scale, zero], [integers]))
         if how.bits < 8 and self.owner.get(value, value) == value:  # a pooled value was clipped before
             low, high = (limit + zero_point(how) for limit in how.limits)

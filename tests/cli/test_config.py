@@ -18,6 +18,7 @@ from edgecompress.spec import Config
 
 OTHER = {
     "model": "resnet20", "data": "other.module:data", "weights": "w.pt", "image_size": 48,
+    "task": "segmentation", "unlabelled": True, "preprocessing": "data",
     "trust": True, "download": True, "target": "x86", "budget": "flops=0.25x", "max_accuracy_drop": 1.5,
     "stages": ["prune"], "agent": "td3", "episodes": 9, "seed": 5, "importance": "l1", "prune_reward": "paper",
     "quantize_reward": "accuracy", "finetune_epochs": 2, "noise_epochs": 0, "qat_epochs": 1, "learning_rate": 0.5,
@@ -192,5 +193,5 @@ def test_another_batch_size_trains_in_other_steps(digits):
 
     from edgecompress.stages import _settings
 
-    job = SimpleNamespace(config=Config(budget="flops=0.5x", batch_size=8))
+    job = SimpleNamespace(config=Config(budget="flops=0.5x", batch_size=8), data=SimpleNamespace(labelled=True))
     assert _settings(job, 3).batch_size == 8
