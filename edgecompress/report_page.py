@@ -88,7 +88,7 @@ def _goal(report: RunReport, index: int) -> dict[str, object]:
 def _layers(report: RunReport) -> list[dict[str, object]]:
     """Numbers and bar widths (percent) of every layer; its MACs and its latency are shares of the original network's."""
     layers = report.layers
-    slowest = _slowest(report)
+    slowest = max((part.us for layer in layers for part in layer.latency or ()), default=0.0)
     whole = max(sum(layer.macs[0] for layer in layers), 1)
     largest = max((layer.macs[0] for layer in layers), default=1) or 1
     return [
@@ -109,12 +109,6 @@ def _layers(report: RunReport) -> list[dict[str, object]]:
     ]
 
 
-def _slowest(report: RunReport) -> float:
-    """Microseconds of the longest bar: a layer, or what is spent outside of the layers."""
-    parts = [part.us for layer in report.layers for part in layer.latency or ()]
-    return max((*parts, *(words.outside_us(report) or ())), default=0.0)
-
-
 def _bar(value: float, longest: float) -> float:
     """The width of a bar in percent."""
     return 100 * min(max(value, 0.0), longest) / longest if longest > 0 else 0.0
@@ -133,7 +127,6 @@ def _outside(report: RunReport) -> dict[str, object] | None:
         return None
     return {
         "shares": _shares(report, us),
-        "bars": tuple(_bar(part, _slowest(report)) for part in us),
         "us": f"{words.duration(us[0])} → {words.duration(us[1])}",
         "word": words.weaker(report.original.cost, report.compressed.cost),
     }

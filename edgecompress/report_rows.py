@@ -131,7 +131,8 @@ def layer_latency(row: LayerRow) -> Cell:
     if row.latency is None:
         return Cell()
     before, after = row.latency
-    return Cell(f"{duration(before.us)} → {duration(after.us)}", "", weakest((before.source, after.source)))
+    values = ("< 0.1 µs" if part.us < 0.1 else duration(part.us) for part in row.latency)
+    return Cell(" → ".join(values), "", weakest((before.source, after.source)))
 
 
 def outside_us(report: RunReport) -> tuple[float, float] | None:

@@ -87,7 +87,7 @@ def summary_table(report: RunReport, trials: Sequence[Trial] = ()) -> Table:
     from rich.text import Text
 
     with_int8 = report.original_int8_bytes is not None
-    table = Table(title=Text(f"{report.name}: {words.verdict(report.goals)}"), show_lines=False, pad_edge=False)
+    table = Table(title=Text(f"{report.name}: {words.verdict(report.goals)}"), show_lines=False, padding=(0, 0))
     for header in ("", "original", *(["int8 alone"] if with_int8 else []), "compressed", "ratio"):
         table.add_column(header, justify="right" if header else "left", overflow="fold")
 
