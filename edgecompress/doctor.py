@@ -193,16 +193,24 @@ def _gpu() -> list[Finding]:
 
 
 def _runtimes() -> list[Finding]:
-    import onnxruntime
-
-    providers = ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
     return [
-        Finding("runtimes", "ONNX Runtime", "ok", f"{onnxruntime.__version__} ({providers})", required=True),
+        _onnx_runtime(),
         _optional("runtimes", "TensorRT", "tensorrt", "tensorrt", "builds engines on a machine with the target's GPU"),
         _optional(
             "runtimes", "TensorRT-RTX", "tensorrt_rtx", "tensorrt-check", "checks without a GPU that TensorRT accepts files"
         ),
     ]  # fmt: skip
+
+
+def _onnx_runtime() -> Finding:
+    error = _import_error("onnxruntime")
+    if error:
+        cure = "pip install --force-reinstall onnxruntime"
+        return Finding("runtimes", "ONNX Runtime", "missing", f"cannot be imported: {error}", cure, required=True)
+    import onnxruntime
+
+    providers = ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
+    return Finding("runtimes", "ONNX Runtime", "ok", f"{onnxruntime.__version__} ({providers})", required=True)
 
 
 def _extras() -> list[Finding]:
@@ -227,6 +235,10 @@ def _exporters() -> list[Finding]:
     from edgecompress.exporters.formats import EXPORTERS
 
     notes = {"tensorrt": "writes the ONNX and build_on_device.py; the engine is built on the device"}
+    runtime = _onnx_runtime()  # every file is proven in it
+    if runtime.failed:
+        about = "cannot prove what it writes: ONNX Runtime is missing"
+        return [Finding("exporters", name, "problem", about, runtime.fix) for name in EXPORTERS]
     return [Finding("exporters", name, "ok", notes.get(name, "writes and proves")) for name in EXPORTERS]
 
 

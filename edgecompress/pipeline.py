@@ -17,6 +17,7 @@ from edgecompress.describe import GraphModule, graph_of, traced_of
 from edgecompress.envs import Limit
 from edgecompress.errors import UnknownNameError, UsageError
 from edgecompress.exporters.formats import EXPORTERS, ExportSource, export
+from edgecompress.exporters.onnx_writing import metadata_of
 from edgecompress.exporters.quantized_file import save_graph, save_quantized
 from edgecompress.exporters.sizes import PlannedSize
 from edgecompress.exporters.to_onnx import float_model
@@ -189,7 +190,8 @@ def prepare(
     traced = traced_of(original, shape, label(config.model))
     write_document(run.file("layers.json"), traced.network)
     graph = graph_of(original, shape, config.model)
-    as_float = float_model(graph, metadata={"preprocess": data.preprocessing.model_dump_json()}).SerializeToString()
+    as_float = float_model(graph, metadata=metadata_of(data.preprocessing, data.classes)).SerializeToString()
+    _check_same_original(run.file("exports") / ORIGINAL, as_float)
     write_bytes(run.file("exports") / ORIGINAL, as_float)
     budgets = parse_budgets(config.budget)
     free = tuple(
@@ -201,7 +203,7 @@ def prepare(
     integers = as_float
     if job.integer:
         simulator = Simulator(graph, calibrate(graph, calibration_batches(data)))
-        integers = at_8_bits(simulator, "ort").SerializeToString()
+        integers = at_8_bits(simulator, "ort", data).SerializeToString()
         write_bytes(run.file("exports") / ORIGINAL_INT8, integers)
     table = Path(config.table) if config.table else None
     latency, about = latency_model(
@@ -224,12 +226,23 @@ def prepare(
     return replace(job, limits=limits_for(budgets, cost), original_cost=cost), latency, about, size
 
 
-def at_8_bits(simulator: Simulator, dialect: str) -> onnx.ModelProto:
+def _check_same_original(path: Path, network: bytes) -> None:
+    """Refuse to go on with a run that another network began: its options may name the same file, with other weights."""
+    if path.exists() and path.read_bytes() != network:
+        raise UsageError(
+            f"The run {path.parent.parent} was begun with another network: its {path.name} has other weights or another "
+            "preprocessing than --model, --weights and --data give now. Bring back the files that it was begun with, or "
+            "start over with --overwrite."
+        )
+
+
+def at_8_bits(simulator: Simulator, dialect: str, data: Dataset) -> onnx.ModelProto:
+    """The network with every layer at 8 bits, as the dialect's exporter writes it."""
     from edgecompress.exporters import to_onnxruntime, to_tensorrt
 
     choices = {layer.name: LayerChoice(weight_bits=8, activation_bits=8) for layer in simulator.graph.layers}
     writer = to_tensorrt.integer_model if dialect == "trt" else to_onnxruntime.integer_model
-    return writer(simulator.quantized(choices))
+    return writer(simulator.quantized(choices), metadata=metadata_of(data.preprocessing, data.classes))
 
 
 def calibration_batches(data: Dataset) -> Iterator[torch.Tensor]:
@@ -265,7 +278,7 @@ def _stage_two(
     job: Job, graph: Graph, pruned: CompressionPolicy, latency: LatencyModel
 ) -> tuple[CompressionPolicy, str]:
     calibration = calibrate(graph, calibration_batches(job.data))
-    base = len(at_8_bits(Simulator(graph, calibration), job.target.dialect).SerializeToString())
+    base = len(at_8_bits(Simulator(graph, calibration), job.target.dialect, job.data).SerializeToString())
     quantized, policy, arm = quantize_stage(job, graph, calibration, pruned, latency, base)
     save_quantized(job.run.file("quantized.safetensors"), quantized)
     return policy, arm

@@ -106,7 +106,7 @@ def rehearse(job: Job, latency: LatencyModel, size: PlannedSize, progress: Progr
         graph = saved_graph(job, smaller, policy)
         calibration = calibrate(graph, calibration_batches(job.data))
         simulator = Simulator(graph, calibration)
-        base = len(at_8_bits(simulator, job.target.dialect).SerializeToString())
+        base = len(at_8_bits(simulator, job.target.dialect, job.data).SerializeToString())
         bits = bits_of(job, simulator, policy, latency, base)
         spaces.append(bits)
         first = _first_episodes(

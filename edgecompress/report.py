@@ -13,14 +13,16 @@ from typing import Any
 
 import torch
 
-from edgecompress.cost import LatencyModel, average_weight_bits, channels, count, layer_macs
+from edgecompress.cost import LatencyModel, average_weight_bits, channels, count, kernels, layer_macs
 from edgecompress.data import Dataset, Split, load_data
 from edgecompress.errors import BadDataError, BadFileError
 from edgecompress.exporters.runners import OnnxRuntimeRunner, measure_latency_us
 from edgecompress.files import write_document, write_text
 from edgecompress.finetune import accuracy_and_loss
+from edgecompress.report_latency import at_bits, host_model, layer_latencies, predicted
 from edgecompress.runs import RunFolder
 from edgecompress.spec import (
+    FLOAT_BITS,
     Artifact,
     ArtifactRow,
     Column,
@@ -28,6 +30,7 @@ from edgecompress.spec import (
     Goal,
     LayerChoice,
     LayerRow,
+    Predicted,
     Preprocessing,
     RunReport,
 )
@@ -148,11 +151,12 @@ def report_on(
     seconds: Mapping[str, float],
 ) -> RunReport:
     """Measure every exported file, one session alive at a time, and put it all into one document."""
-    folder = job.run.file("exports")
+    folder, policy = job.run.file("exports"), job.run.policy()
     image = job.data.normalise(job.data.test.images[:1]).numpy()
     rows: dict[str, ArtifactRow] = {}
     known = {artifact.path: artifact for artifact in artifacts}
     timing: dict[str, Mapping[str, float]] = {}
+    on_host, host_source = host_model(job.target, latency, about)
     for name in [ORIGINAL, ORIGINAL_INT8, *known]:
         path = folder / name
         if not path.exists():
@@ -166,20 +170,22 @@ def report_on(
             size_bytes=path.stat().st_size,
             accuracy=evaluate_file(path, job.data, optimise=not as_written),
             host_latency_us=timing[name]["median_us"] if name in timing else None,
+            predicted_host=predicted(on_host(kernels(job.network, _as_run(job, name, known, policy))))
+            if on_host and name in timing
+            else None,
             checks=known[name].checks if name in known else {},
         )
     deployed = next((name for name in known if known[name].format == "onnxruntime"), next(iter(known)))
     on_target = next((name for name in known if known[name].format == job.target.exporter), deployed)
-    policy = job.run.policy()
     sizes = {ORIGINAL: rows[ORIGINAL].size_bytes, deployed: rows[on_target].size_bytes}
     columns = {}
-    for file, chosen in ((ORIGINAL, CompressionPolicy(model=policy.model)), (deployed, policy)):
-        size = partial(_constant, sizes[file])
-        # An integer run is compared with the float original; a float run with the original at the target's precision.
-        cost = count(job.network, chosen, latency, size) if job.integer else job.cost_model(size, latency)(chosen)
+    original = CompressionPolicy(model=policy.model)
+    # An integer run is compared with the float original; a float run with the original at the target's precision.
+    priced = (original, policy) if job.integer else (job.planned(original), job.planned(policy))
+    for file, chosen, as_priced in zip((ORIGINAL, deployed), (original, policy), priced, strict=True):
         columns[file] = Column(
             accuracy=rows[file].accuracy or 0.0,
-            cost=cost,
+            cost=count(job.network, as_priced, latency, partial(_constant, sizes[file])),
             average_weight_bits=average_weight_bits(job.network, chosen),
             host_latency_us=timing[file]["median_us"],
             host_latency_p90_us=timing[file]["p90_us"],
@@ -192,18 +198,26 @@ def report_on(
         target=job.target,
         score=job.data.task.about,
         latency_source=about,
+        host_source=host_source,
         original=columns[ORIGINAL],
         compressed=columns[deployed],
         original_int8_us=int8.host_latency_us if int8 else None,
         original_int8_bytes=int8.size_bytes if int8 else None,
         artifacts=tuple(rows.values()),
-        layers=_layers(job, policy),
+        layers=_layers(job, policy, [layer_latencies(job.network, one, latency) for one in priced]),
         goals=_goals(job, columns[ORIGINAL], columns[deployed]),
         found_by=dict(arms),
         evaluations=_evaluations(job),
         seconds=dict(seconds),
         provenance=provenance(job.config.threads),
     )
+
+
+def _as_run(job: Job, name: str, artifacts: Mapping[str, Artifact], policy: CompressionPolicy) -> CompressionPolicy:
+    """The policy of a file that was timed here, with the bits at which it computes."""
+    if name not in artifacts:
+        return at_bits(job.network, CompressionPolicy(model=policy.model), 8 if name == ORIGINAL_INT8 else FLOAT_BITS)
+    return policy if artifacts[name].format == "onnxruntime" else at_bits(job.network, policy, FLOAT_BITS)
 
 
 def _constant(size_bytes: int, kernels: object, params: int) -> int:
@@ -232,7 +246,7 @@ def _goals(job: Job, original: Column, compressed: Column) -> tuple[Goal, ...]:
     return tuple(goals)
 
 
-def _layers(job: Job, policy: CompressionPolicy) -> tuple[LayerRow, ...]:
+def _layers(job: Job, policy: CompressionPolicy, latencies: Sequence[Mapping[str, Predicted]]) -> tuple[LayerRow, ...]:
     from edgecompress.exporters.sizes import stored_bytes
 
     widths = job.network.widths | policy.keep_channels
@@ -254,6 +268,7 @@ def _layers(job: Job, policy: CompressionPolicy) -> tuple[LayerRow, ...]:
                 stored_bytes=stored.get(
                     layer.name, 4 * layer.params * inputs * outputs // (layer.in_channels * layer.out_channels)
                 ),
+                latency=(latencies[0][layer.name], latencies[1][layer.name]) if layer.name in latencies[1] else None,
             )
         )
     return tuple(rows)

@@ -16,7 +16,7 @@ from edgecompress import report_charts as charts
 from edgecompress import report_rows as words
 from edgecompress.report_checks import checks_of
 from edgecompress.report_text import TITLES, command, render_markdown, summary_table
-from edgecompress.spec import FLOAT_BITS, LayerRow, RunReport, Stage, Trial
+from edgecompress.spec import FLOAT_BITS, RunReport, Stage, Trial
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -44,7 +44,9 @@ def render_html(report: RunReport, trials: Sequence[Trial]) -> str:
         "target_accuracy": next(
             (a.accuracy for a in report.artifacts if a.name == shipped != report.compressed.file), None
         ),
-        "layers": _layers(report.layers),
+        "layers": _layers(report),
+        "outside": _outside(report),
+        "predictions": _predictions(report),
         "stages": [_stage(report, trials, stage, colours) for stage in get_args(Stage)],
         "checks": {artifact.name: checks_of(artifact.checks) for artifact in report.artifacts},
         "command": command(report.config),
@@ -83,8 +85,10 @@ def _goal(report: RunReport, index: int) -> dict[str, object]:
     }
 
 
-def _layers(layers: Sequence[LayerRow]) -> list[dict[str, object]]:
-    """Numbers and bar widths (percent) of every layer; a layer's MACs are shares of the original network's."""
+def _layers(report: RunReport) -> list[dict[str, object]]:
+    """Numbers and bar widths (percent) of every layer; its MACs and its latency are shares of the original network's."""
+    layers = report.layers
+    slowest = max((part.us for layer in layers for part in layer.latency or ()), default=0.0)
     whole = max(sum(layer.macs[0] for layer in layers), 1)
     largest = max((layer.macs[0] for layer in layers), default=1) or 1
     return [
@@ -94,12 +98,65 @@ def _layers(layers: Sequence[LayerRow]) -> list[dict[str, object]]:
             "kept": 100 * layer.out_channels[1] / max(layer.out_channels[0], 1),
             "share": tuple(macs / whole for macs in layer.macs),
             "share_bars": tuple(100 * macs / largest for macs in layer.macs),
+            "latency": words.layer_latency(layer),
+            "latency_bars": tuple(_bar(part.us, slowest) for part in layer.latency or ()),
+            "latency_shares": _shares(report, tuple(part.us for part in layer.latency or ())),
             "weight_bits": _bits(layer.weight_bits),
             "activation_bits": _bits(layer.activation_bits),
             "elements": 100 * layer.keep_elements,
         }
         for layer in layers
     ]
+
+
+def _bar(value: float, longest: float) -> float:
+    """The width of a bar in percent."""
+    return 100 * min(max(value, 0.0), longest) / longest if longest > 0 else 0.0
+
+
+def _shares(report: RunReport, us: tuple[float, ...]) -> str:
+    """Parts of the original's latency on the target, before and after."""
+    whole = report.original.cost.latency_us
+    return " → ".join(words.percent(part / whole, 1) for part in us) if whole else ""
+
+
+def _outside(report: RunReport) -> dict[str, object] | None:
+    """The row below the layers: what the latency on the target holds beside them."""
+    us = words.outside_us(report)
+    if us is None:
+        return None
+    return {
+        "shares": _shares(report, us),
+        "us": f"{words.duration(us[0])} → {words.duration(us[1])}",
+        "word": words.weaker(report.original.cost, report.compressed.cost),
+    }
+
+
+def _predictions(report: RunReport) -> list[dict[str, object]]:
+    """Prediction and measured time of every file that was timed here, on one scale (percent of the longest)."""
+    rows = words.predictions(report)
+    ends = [max(file.host_latency_us or 0.0, p.high_us or p.us) for file in rows if (p := file.predicted_host)]
+    longest = max(ends, default=0.0)
+    found = []
+    for file in rows:
+        said, took = file.predicted_host, file.host_latency_us
+        assert said is not None and took is not None
+        low, high = _bar(said.low_us or said.us, longest), _bar(said.high_us or said.us, longest)
+        found.append(
+            {
+                "name": file.name,
+                "predicted": words.duration(said.us),
+                "band": words.band_of(said.low_us, said.high_us),
+                "word": said.source,
+                "measured": words.duration(took),
+                "difference": words.difference(said.us, took),
+                "bar": _bar(took, longest),
+                "at": _bar(said.us, longest),
+                "low": low,
+                "wide": high - low,
+            }
+        )
+    return found
 
 
 def _bits(bits: int) -> dict[str, object]:

@@ -9,12 +9,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgecompress.spec import ArtifactRow, Cost, Goal, RunReport, Source, Stage, Trial
+from edgecompress.spec import ArtifactRow, Cost, Goal, LayerRow, RunReport, Stage, Trial, weakest
 
 ORIGINAL_INT8 = "original.int8.onnx"
 NONE = "–"
 INT8_BITS = 8
-_WEAKEST: tuple[Source, ...] = ("measured", "interpolated", "estimated")
 
 
 @dataclass(frozen=True)
@@ -90,10 +89,13 @@ def ratio(after: float | None, before: float | None) -> str:
 
 
 def band(cost: Cost) -> str:
-    """The bounds of a latency, or nothing."""
-    if cost.latency_low_us is None or cost.latency_high_us is None:
-        return ""
-    return f"{duration(cost.latency_low_us)} to {duration(cost.latency_high_us)}"
+    """The bounds of a latency on the target, or nothing."""
+    return band_of(cost.latency_low_us, cost.latency_high_us)
+
+
+def band_of(low_us: float | None, high_us: float | None) -> str:
+    """Two bounds in words, or nothing."""
+    return "" if low_us is None or high_us is None else f"{duration(low_us)} to {duration(high_us)}"
 
 
 def latency(cost: Cost) -> Cell:
@@ -116,7 +118,35 @@ def evidence(cost: Cost) -> str:
 
 def weaker(first: Cost, second: Cost) -> str:
     """The weaker evidence of two latencies."""
-    return max(first.latency_source, second.latency_source, key=_WEAKEST.index)
+    return weakest((first.latency_source, second.latency_source))
+
+
+def layer_latency(row: LayerRow) -> Cell:
+    """Both predictions of one layer with their weaker evidence; empty where the model knows no layers."""
+    if row.latency is None:
+        return Cell()
+    before, after = row.latency
+    values = ("< 0.1 µs" if part.us < 0.1 else duration(part.us) for part in row.latency)
+    return Cell(" → ".join(values), "", weakest((before.source, after.source)))
+
+
+def outside_us(report: RunReport) -> tuple[float, float] | None:
+    """What both latencies on the target hold beside the layers (starting kernels, pooling, additions), in microseconds."""
+    parts = [row.latency for row in report.layers if row.latency is not None]
+    before, after = report.original.cost.latency_us, report.compressed.cost.latency_us
+    if not parts or before is None or after is None:
+        return None
+    return before - sum(part[0].us for part in parts), after - sum(part[1].us for part in parts)
+
+
+def predictions(report: RunReport) -> list[ArtifactRow]:
+    """The files that were timed on this host and have a prediction for it."""
+    return [file for file in report.artifacts if file.predicted_host is not None and file.host_latency_us]
+
+
+def difference(value: float, reference: float) -> str:
+    """How far ``value`` is from ``reference``, in percent with its sign."""
+    return f"{100 * (value / reference - 1):+.0f} %"
 
 
 def shipped(report: RunReport) -> str:
@@ -180,11 +210,11 @@ def rows(report: RunReport, trials: Sequence[Trial] = ()) -> list[Row]:
     result = [
         Row(
             score.title,
-            f"{score.note} on the test split, of the exported file".strip(),
+            f"{score.note} on the test split".strip(),
             (
-                Cell(score.text(before.accuracy)),
-                Cell(score.text(file.accuracy if file else None)),
-                Cell(score.text(after.accuracy)),
+                Cell(score.text(before.accuracy), before.file),
+                Cell(score.text(file.accuracy), file.name) if file else Cell(),
+                Cell(score.text(after.accuracy), after.file),
             ),
             Cell(score.difference(after.accuracy, before.accuracy)),
         ),

@@ -37,12 +37,18 @@ def render_markdown(report: RunReport, trials: Sequence[Trial] = ()) -> str:
         cells = [f"{row.label} ({row.note})", *map(str, row.cells), str(row.ratio)]
         lines.append(f"| {' | '.join(markdown_cell(cell) for cell in cells)} |")
     lines += ["", f"Latency on the target: {markdown_cell(report.latency_source)}.", ""]
-    lines += [f"| file | size | {markdown_cell(score.name)} | latency on this host | checks |", "|---|--:|--:|--:|---|"]
+    lines += [
+        f"| file | size | {markdown_cell(score.name)} | latency on this host | predicted for this host | checks |",
+        "|---|--:|--:|--:|--:|---|",
+    ]
     for artifact in report.artifacts:
         host = words.duration(artifact.host_latency_us)
         host = f"{host} measured" if artifact.host_latency_us is not None else "not run here"
+        said = artifact.predicted_host
+        predicted = f"{words.duration(said.us)} {said.source}" if said else words.NONE
         checks = ", ".join(f"{check.text}: {check.value}" for check in checks_of(artifact.checks)) or words.NONE
-        cells = [artifact.name, words.file_size(artifact.size_bytes), score.text(artifact.accuracy), host, checks]
+        cells = [artifact.name, words.file_size(artifact.size_bytes), score.text(artifact.accuracy)]
+        cells += [host, predicted, checks]
         lines.append(f"| {' | '.join(markdown_cell(cell) for cell in cells)} |")
     found = ", ".join(
         f"{TITLES[s].lower()}: {markdown_cell(report.found_by[s])}" for s in get_args(Stage) if s in report.found_by
@@ -82,7 +88,7 @@ def summary_table(report: RunReport, trials: Sequence[Trial] = ()) -> Table:
     from rich.text import Text
 
     with_int8 = report.original_int8_bytes is not None
-    table = Table(title=Text(f"{report.name}: {words.verdict(report.goals)}"), show_lines=False, pad_edge=False)
+    table = Table(title=Text(f"{report.name}: {words.verdict(report.goals)}"), show_lines=False, padding=(0, 0))
     for header in ("", "original", *(["int8 alone"] if with_int8 else []), "compressed", "ratio"):
         table.add_column(header, justify="right" if header else "left", overflow="fold")
 

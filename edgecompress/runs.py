@@ -129,7 +129,7 @@ class RunFolder:
 
 @contextmanager
 def opened(path: Path, config: Config, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
-    """Create or continue a run and hold its lock.
+    """Create or continue a run and hold its lock. A run that never evaluated a policy holds nothing and is replaced.
 
     Raises:
         UsageError: the run exists and neither ``resume`` nor ``overwrite`` is given, the resumed run was made with other
@@ -143,13 +143,14 @@ def opened(path: Path, config: Config, *, resume: bool, overwrite: bool) -> Iter
     except OSError as error:
         raise disk_error(path, error) from error
     with locked(path):
-        if (path / "config.json").exists() and not overwrite:
+        known, began = (path / "config.json").exists(), (path / "trials.jsonl").exists()
+        if known and began and not overwrite:
             if not resume:
                 raise UsageError(
                     f"The run {path} exists. Go on with --resume, replace it with --overwrite, or choose another --name."
                 )
             _check_same(run.config(), config, path)
-        elif overwrite:
+        elif known or overwrite:
             _clear(path)
         write_document(path / "config.json", config)
         write_text(path / FILE_NAME, to_toml(config, path))

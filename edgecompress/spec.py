@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
@@ -247,6 +248,11 @@ class Cost(Frozen):
         return "interpolated" if self.kernels_interpolated else "measured"
 
 
+def weakest(sources: Iterable[Source]) -> Source:
+    """The weakest evidence among these; there is at least one."""
+    return max(sources, key=get_args(Source).index)
+
+
 class Trial(Frozen):
     """One evaluated policy: a line of ``trials.jsonl``. ``choice`` are the integers that were built, in env order."""
 
@@ -320,7 +326,7 @@ class Config(Document):
     target: str = "jetson-orin-nano"
     budget: str
     max_accuracy_drop: float | None = None
-    stages: tuple[Stage, ...] = ("prune", "quantize")
+    stages: tuple[Stage, ...] = Field(default=("prune", "quantize"), min_length=1)
     agent: str = "ddpg"
     episodes: int = Field(default=80, ge=8)
     seed: int = 0
@@ -395,19 +401,32 @@ class Column(Frozen):
     file: str
 
 
+class Predicted(Frozen):
+    """What a latency model says of one network or one layer, in microseconds, and the weakest evidence it stands on."""
+
+    us: float
+    low_us: float | None = None
+    high_us: float | None = None
+    source: Source
+
+
 class ArtifactRow(Frozen):
-    """An exported file as measured; ``accuracy`` is None where no runtime on this machine runs the file as it will run."""
+    """An exported file as measured; ``accuracy`` is None where no runtime on this machine runs the file as it will run.
+
+    ``predicted_host`` is what the latency model of this machine says of a file that was timed here.
+    """
 
     name: str
     format: str
     size_bytes: int
     accuracy: float | None = None
     host_latency_us: float | None = None
+    predicted_host: Predicted | None = None
     checks: dict[str, str | float | int | bool] = {}
 
 
 class LayerRow(Frozen):
-    """One layer before and after."""
+    """One layer before and after. ``latency`` is its part of both predictions for the target."""
 
     name: str
     kind: str
@@ -418,6 +437,7 @@ class LayerRow(Frozen):
     weight_bits: int
     activation_bits: int
     stored_bytes: int
+    latency: tuple[Predicted, Predicted] | None = None
 
 
 class Goal(Frozen):
@@ -431,13 +451,15 @@ class Goal(Frozen):
 
 
 class RunReport(Document):
-    """Everything that `report.html` shows."""
+    """Everything that `report.html` shows. ``*_source`` say in a sentence what the latency of the target, and what the
+    prediction for the machine that made the run, stand on."""
 
     name: str
     config: Config
     target: Target
     score: Score = Score()
     latency_source: str
+    host_source: str = ""
     original: Column
     compressed: Column
     original_int8_us: float | None

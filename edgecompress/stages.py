@@ -78,17 +78,16 @@ class Job:
             torch.cat([search_val.images, select_val.images]), torch.cat([search_val.labels, select_val.labels])
         )
 
+    def planned(self, policy: CompressionPolicy) -> CompressionPolicy:
+        """``policy``, with `planned_bits` everywhere where it has no bits yet."""
+        if policy.layers:
+            return policy
+        choice = LayerChoice(weight_bits=self.planned_bits, activation_bits=self.planned_bits)
+        return policy.model_copy(update={"layers": {layer.name: choice for layer in self.network.layers}})
+
     def cost_model(self, size: SizeModel | None, latency: LatencyModel | None) -> CostModel:
         """A cost model; a policy without bits yet is priced at `planned_bits`."""
-        bits = self.planned_bits
-        plan = {layer.name: LayerChoice(weight_bits=bits, activation_bits=bits) for layer in self.network.layers}
-
-        def cost(policy: CompressionPolicy) -> Cost:
-            if not policy.layers:
-                policy = policy.model_copy(update={"layers": plan})
-            return count(self.network, policy, latency, size)
-
-        return cost
+        return lambda policy: count(self.network, self.planned(policy), latency, size)
 
 
 def limits_for(budgets: Sequence[Budget], original: Cost) -> tuple[Limit, ...]:

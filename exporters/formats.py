@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgecompress.errors import GoalMissedError, UnknownNameError, UsageError
 from edgecompress.exporters import verify
-from edgecompress.exporters.onnx_writing import IR_VERSIONS
+from edgecompress.exporters.onnx_writing import IR_VERSIONS, metadata_of
 from edgecompress.exporters.to_onnx import float_model
 from edgecompress.files import read_json, sha256, write_bytes, write_text, written_whole
 from edgecompress.graph import Graph
@@ -43,7 +43,7 @@ class ExportSource:
     @property
     def metadata(self) -> dict[str, str]:
         """What is written into every file; everything else is in ``export.json``."""
-        return {"preprocess": self.preprocessing.model_dump_json()}
+        return metadata_of(self.preprocessing, self.classes)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Exporter:
 
 def _write_onnx(source: ExportSource) -> onnx.ModelProto:
     opset = min(17, source.target.max_opset)
-    return float_model(source.graph, opset=opset, metadata=source.metadata | {"labels": ",".join(source.classes)})
+    return float_model(source.graph, opset=opset, metadata=source.metadata)
 
 
 def _check_onnx(source: ExportSource, data: bytes) -> verify.Checks:

@@ -10,6 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgecompress.graph import Graph, Node
+from edgecompress.spec import Preprocessing
 
 # The IR version that belongs to an opset (onnx's Versioning.md); an older runtime refuses a newer IR.
 IR_VERSIONS = {15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
@@ -86,6 +87,11 @@ def model_around(
     for key, value in (metadata or {}).items():
         model.metadata_props.append(onnx.StringStringEntryProto(key=f"edgecompress.{key}", value=value))
     return model
+
+
+def metadata_of(preprocessing: Preprocessing, classes: Sequence[str]) -> dict[str, str]:
+    """What every file says of itself: how an image becomes its input, and the names of its outputs in their order."""
+    return {"preprocess": preprocessing.model_dump_json(), "labels": ",".join(classes)}
 
 
 def inputs_of(source: Node, rename: Mapping[str, str]) -> list[str]:

@@ -15,7 +15,7 @@ from edgecompress.cost import Kernel, Latency, layer_macs
 from edgecompress.errors import BadFileError
 from edgecompress.files import read_document
 from edgecompress.latency_tables.targets import running_precision
-from edgecompress.spec import Document, Frozen, Target
+from edgecompress.spec import Document, Frozen, Source, Target
 
 
 class Coefficients(Frozen):
@@ -66,6 +66,7 @@ class Estimator:
             BadFileError: nothing is known of a precision that a kernel runs in.
         """
         us = floor = band = mmacs = smallest = 0.0
+        parts: list[tuple[float, Source]] = []
         for kernel in kernels:
             precision = running_precision(kernel, self.target)
             known = self.coefficients.get(precision)
@@ -75,11 +76,15 @@ class Estimator:
                     f"{', '.join(self.coefficients)}). Measure a table with 'edgecompress profile'."
                 )
             million = padded_macs(kernel, self.target.channel_divisor.get(precision, 1)) / 1e6
-            us, mmacs = us + million * known.us_per_mmac, mmacs + million
+            parts.append((million * known.us_per_mmac, "estimated"))
+            us, mmacs = us + parts[-1][0], mmacs + million
             floor, band = max(floor, known.floor_us), max(band, known.band)
             smallest = max(smallest, known.proportional_below_mmacs)
         us += floor * min(1.0, mmacs / smallest) if smallest else floor
-        return Latency(us=us, low_us=us / (1 + band), high_us=us * (1 + band), counts={"estimated": len(kernels)})
+        return Latency(
+            us=us, low_us=us / (1 + band), high_us=us * (1 + band), counts={"estimated": len(parts)},
+            kernels=tuple(parts),
+        )  # fmt: skip
 
     @property
     def description(self) -> str:

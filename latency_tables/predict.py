@@ -61,13 +61,16 @@ class TableModel:
         """
         counts: dict[Source, int] = {"measured": 0, "interpolated": 0, "estimated": 0}
         us = low = high = 0.0
-        for kernel in kernels:
-            value = self.kernel(kernel)
+        values = [self.kernel(kernel) for kernel in kernels]
+        for value in values:
             us, low, high = us + value.us, low + value.low_us, high + value.high_us
             counts[value.source] += 1
         # The rest may be below zero (see `KernelKey`), but never takes more than half of the kernels away.
         other = max(self.other_us(kernels) or 0.0, -low / 2)
-        return Latency(us=us + other, low_us=low + other, high_us=high + other, counts=counts)
+        return Latency(
+            us=us + other, low_us=low + other, high_us=high + other, counts=counts,
+            kernels=tuple((value.us, value.source) for value in values),
+        )  # fmt: skip
 
     def kernel(self, kernel: Kernel) -> Value:
         """Predict one kernel. Answers are kept: asked again, it is one dictionary lookup."""

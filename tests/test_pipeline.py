@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import signal
 
@@ -18,7 +19,9 @@ from edgecompress.errors import BadFileError, BadModelError, UnknownNameError, U
 from edgecompress.exporters.runners import OnnxRuntimeRunner
 from edgecompress.files import file_sha256
 from edgecompress.finetune import TrainSettings, train
+from edgecompress.latency_tables.targets import all_targets, is_this_machine
 from edgecompress.quantize import simulate
+from edgecompress.report_rows import outside_us
 from edgecompress.runs import RunFolder
 from edgecompress.spec import Artifact
 
@@ -284,6 +287,7 @@ def test_accuracy_drop_looks_for_the_cheapest_policy_and_is_a_goal(own, quick, t
         ({"episodes": 3}, UsageError, "Option 'episodes' is wrong"),
         ({"epoch": 3}, UsageError, "Unknown option 'epoch'"),
         ({"stages": ("prun",)}, UsageError, "Option 'stages"),
+        ({"stages": ()}, UsageError, "Option 'stages'"),
     ],
 )
 def test_wrong_option_is_refused_before_anything_is_traced_or_written(
@@ -339,3 +343,39 @@ def test_weights_of_another_network_are_refused(tiny_run, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((tiny_run / "model.safetensors").read_bytes())
     with pytest.raises(BadModelError, match="do not fit the network"):
         edgecompress.load(tmp_path)
+
+
+def test_resume_with_other_weights_is_refused(own, own_run):
+    """The options are the same, what they name is not: here a module in memory, elsewhere a file behind --weights."""
+    model, data = copy.deepcopy(own[0]), own[1]
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.01)
+    before = (own_run.path / "exports/original.onnx").read_bytes()
+    with pytest.raises(UsageError, match=r"was begun with another network.*--weights.*--overwrite"):
+        edgecompress.compress(
+            model, data, target="x86", budget="flops=0.6x,size=0.3x", runs=own_run.path.parent, name="own", resume=True,
+            **OPTIONS,
+        )  # fmt: skip
+    assert (own_run.path / "exports/original.onnx").read_bytes() == before
+
+
+def test_every_file_carries_preprocessing_and_labels(tiny_run, digits):
+    wanted = {"edgecompress.preprocess": digits.preprocessing.model_dump_json()}
+    wanted["edgecompress.labels"] = ",".join(digits.classes)
+    for name in (*EXPORTED, "original.onnx", "original.int8.onnx"):
+        found = {prop.key: prop.value for prop in onnx.load(tiny_run / "exports" / name).metadata_props}
+        assert found == wanted, name
+
+
+def test_report_holds_predictions_for_layers_and_for_this_host(tiny_run):
+    folder = RunFolder(tiny_run)
+    report = folder.report()
+    assert all(row.latency is not None and row.latency[0].source == "estimated" for row in report.layers)
+    outside = outside_us(report)
+    assert outside is not None and 0 < outside[1] <= outside[0] < report.original.cost.latency_us
+    timed = [row for row in report.artifacts if row.host_latency_us is not None]
+    if any(is_this_machine(target) for target in all_targets().values()):
+        said = {row.name: row.predicted_host for row in timed}
+        assert all(value is not None and value.low_us <= value.us <= value.high_us for value in said.values())
+        assert said["original.int8.onnx"].us < said["original.onnx"].us
+        assert said["model.onnx"].us < said["original.onnx"].us and report.host_source

@@ -20,7 +20,20 @@ from edgecompress.files import append_line, write_document
 from edgecompress.report_charts import Axis, Mark, chart, scale
 from edgecompress.report_checks import checks_of
 from edgecompress.report_page import render_html, render_markdown, summary_table
-from edgecompress.spec import ArtifactRow, Column, Config, Cost, Goal, LayerRow, RunReport, Stage, Target, Trial
+from edgecompress.spec import (
+    ArtifactRow,
+    Column,
+    Config,
+    Cost,
+    Goal,
+    LayerRow,
+    Predicted,
+    RunReport,
+    Source,
+    Stage,
+    Target,
+    Trial,
+)  # fmt: skip
 
 EVIL = "<script>alert('x')</script>|a\"b"
 
@@ -48,7 +61,12 @@ def layer(name: str, index: int = 0, bits: int = 6) -> LayerRow:
     return LayerRow(
         name=name, kind="conv", in_channels=(64, 32), out_channels=(64, 48 - index % 8), macs=(2_000_000, 750_000),
         keep_elements=0.875, weight_bits=bits, activation_bits=bits, stored_bytes=4321,
+        latency=(Predicted(us=70.1, source="estimated"), Predicted(us=35.05, source="estimated")),
     )  # fmt: skip
+
+
+def foretold(us: float, source: Source = "interpolated") -> Predicted:
+    return Predicted(us=us, low_us=us * 0.8, high_us=us * 1.3, source=source)
 
 
 def report(**changes: object) -> RunReport:
@@ -62,10 +80,17 @@ def report(**changes: object) -> RunReport:
         host_latency_us=213.9, host_latency_p90_us=225.0, file="model.int8.onnx",
     )  # fmt: skip
     files = (
-        ArtifactRow(name="original.onnx", format="onnx", size_bytes=313_616, accuracy=0.9412, host_latency_us=252.4),
-        ArtifactRow(name="original.int8.onnx", format="onnxruntime", size_bytes=85_311, accuracy=0.94, host_latency_us=200.1),
+        ArtifactRow(
+            name="original.onnx", format="onnx", size_bytes=313_616, accuracy=0.9412, host_latency_us=252.4,
+            predicted_host=foretold(277.6),
+        ),
+        ArtifactRow(
+            name="original.int8.onnx", format="onnxruntime", size_bytes=85_311, accuracy=0.94, host_latency_us=200.1,
+            predicted_host=foretold(198.0, "estimated"),
+        ),
         ArtifactRow(
             name="model.int8.onnx", format="onnxruntime", size_bytes=36_129, accuracy=0.9375, host_latency_us=213.9,
+            predicted_host=foretold(192.5),
             checks={"emulator_max_difference": 0.0, "emulator_agreement": 1.0, "shapes_match_policy": True},
         ),
         ArtifactRow(
@@ -76,6 +101,7 @@ def report(**changes: object) -> RunReport:
     fields: dict[str, object] = {
         "name": "net-digits-orin", "config": Config(model="net", data="digits", target="orin", budget="flops=0.5x", seed=7),
         "target": target(), "latency_source": "ESTIMATED within a factor 1.5; not measured",
+        "host_source": "measured on Test CPU, 321 rows",
         "original": before, "compressed": after, "original_int8_us": 200.1, "original_int8_bytes": 85_311,
         "artifacts": files, "layers": (layer("conv1"), layer("fc", 3)),
         "goals": (Goal(goal="flops=0.5x", value=4.4e6, limit=6e6, unit="MACs", holds=True),),
@@ -136,8 +162,10 @@ def float_only() -> RunReport:
     model = ArtifactRow(name="model.onnx", format="onnx", size_bytes=128_450, accuracy=0.9375, host_latency_us=163.6)
     return report(
         target=target(integer_kernels=False, precision="fp16", precisions=("fp32", "fp16")), original=columns[0],
-        compressed=columns[1], original_int8_us=None, original_int8_bytes=None, artifacts=(run.artifacts[0], model),
-        layers=(layer("conv1", bits=32),), goals=(), found_by={"prune": "ddpg"}, evaluations={},
+        compressed=columns[1], original_int8_us=None, original_int8_bytes=None,
+        artifacts=(run.artifacts[0].model_copy(update={"predicted_host": None}), model),
+        layers=(layer("conv1", bits=32).model_copy(update={"latency": None}),), host_source="",
+        goals=(), found_by={"prune": "ddpg"}, evaluations={},
     )  # fmt: skip
 
 
@@ -234,6 +262,40 @@ def test_every_latency_says_what_it_stands_on() -> None:
     for row in words.rows(run)[-2:]:
         assert all(cell.word for cell in (row.cells[0], row.cells[2], row.ratio))
     assert "not known" in Reader(render_html(float_only(), [])).text
+
+
+def test_each_layer_has_its_share_of_the_latency_and_the_rest_its_own_row() -> None:
+    text = Reader(render_html(*every("kept"))).text
+    assert "10.0 % → 5.0 % 70.1 µs → 35.0 µs estimated" in text  # of 701 µs
+    assert words.outside_us(report()) == pytest.approx((701 - 2 * 70.1, 655 - 2 * 35.05))
+    assert "outside the layers starting kernels, pooling, additions 80.0 % → 83.4 % 561 µs → 585 µs estimated" in text
+    mixed = layer("a").model_copy(
+        update={"latency": (Predicted(us=9, source="measured"), Predicted(us=5, source="interpolated"))}
+    )
+    assert words.layer_latency(mixed).word == "interpolated"
+    below_zero = report(layers=tuple(
+        layer(str(i)).model_copy(update={"latency": (Predicted(us=400, source="measured"),) * 2}) for i in range(2)
+    ))  # fmt: skip
+    assert words.outside_us(below_zero) == pytest.approx((-99, -145))
+    widths = [float(number) for number in re.findall(r"width:(-?[\d.]+)%", render_html(below_zero, []))]
+    assert all(0 <= width <= 100 for width in widths)
+    assert "outside the layers" not in Reader(render_html(float_only(), [])).text
+
+
+def test_predictions_stand_beside_the_measured_times() -> None:
+    text = Reader(render_html(*every("kept"))).text
+    assert "original.onnx 278 µs interpolated 222 µs to 361 µs 252 µs measured +10 %" in text
+    assert "model.int8.onnx 192 µs interpolated 154 µs to 250 µs 214 µs measured -10 %" in text
+    assert "Prediction for this machine: measured on Test CPU, 321 rows." in text
+    assert "On Orin Test 8GB nothing was measured by this run" in text
+    assert "| 252 µs measured | 278 µs interpolated |" in render_markdown(*every("kept"))
+    assert "Nothing to compare." in Reader(render_html(float_only(), [])).text
+
+
+def test_accuracy_names_the_file_that_it_is_of() -> None:
+    cells = words.rows(report())[0].cells
+    assert [cell.note for cell in cells] == ["original.onnx", "original.int8.onnx", "model.int8.onnx"]
+    assert "93.75 % (model.int8.onnx)" in render_markdown(report())
 
 
 def test_a_missed_goal_is_not_hidden() -> None:

@@ -27,9 +27,15 @@ def load(path="model.engine"):
 def prepare(image, how):
     """A photo as the network's input: ``float32 [1, C, H, W]``, ``(pixel / 255 - mean) / std`` per channel."""
     height, width = how["size"]
+    wanted = (width, height)
     image = image.convert(how["channels"])
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.BILINEAR)
+    if "resize" in how:  # the shorter side first; then the middle is cut out
+        long = int(how["resize"] * max(image.size) / min(image.size))
+        wanted = (how["resize"], long) if image.width <= image.height else (long, how["resize"])
+    if image.size != wanted:
+        image = image.resize(wanted, getattr(Image, how.get("interpolation", "bilinear").upper()))
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    image = image.crop((left, top, left + width, top + height))
     pixels = np.asarray(image, np.float32).reshape(height, width, -1) / 255
     pixels = (pixels - np.float32(how["mean"])) / np.float32(how["std"])
     return pixels.transpose(2, 0, 1)[None].astype(np.float32)

@@ -195,6 +195,15 @@ def test_overwrite_starts_from_nothing(quick, tiny_run, tmp_path):
         assert not (tmp_path / "run" / name).exists(), name
 
 
+def test_refused_budget_leaves_nothing_in_the_way_of_the_corrected_call(quick, tmp_path):
+    arguments = ("compress", *TINY, "--runs", tmp_path, "--name", "run")
+    refused(call(*arguments, "--budget", "flops=0.001x"), 3, "cannot be met")
+    corrected = ("--stages", "prune", "--episodes", "8", "--noise-epochs", "0", "--budget", "flops=0.9x")
+    called = call(*arguments, *corrected)
+    assert called.code == 0, called.err
+    refused(call(*arguments, *corrected), 2, "exists. Go on with --resume")
+
+
 def test_second_process_on_the_same_run_is_refused(tiny_run, tmp_path):
     from edgecompress.files import locked
 

@@ -99,6 +99,18 @@ def test_doctor_sees_a_machine_without_torch(tmp_path):
     result = json.loads(done.stdout)
     status = {finding["name"]: finding["status"] for finding in result["findings"]}
     assert status["torch"] == "problem" == status["onnxruntime"] and status["numpy"] == "ok"
+    runtime = next(finding for finding in result["findings"] if finding["name"] == "ONNX Runtime")
+    assert runtime["status"] == "missing" and runtime["fix"] == "pip install --force-reinstall onnxruntime"
+
+
+def test_exporter_without_its_runtime_is_not_usable_and_has_the_pip_command(monkeypatch):
+    from edgecompress.exporters.formats import EXPORTERS
+
+    assert {finding.status for finding in doctor._exporters()} == {"ok"}
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    found = doctor._exporters()
+    assert [finding.name for finding in found] == list(EXPORTERS)
+    assert all(f.status == "problem" and f.fix == "pip install --force-reinstall onnxruntime" for f in found)
 
 
 def test_look_that_fails_is_a_finding(monkeypatch):
