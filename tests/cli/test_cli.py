@@ -11,7 +11,7 @@ from command_line import BUDGET, TINY, call, python
 from sample_networks import Residual, settled
 
 from edgecompress.cli.main import COMMANDS
-from edgecompress.spec import RunReport
+from edgecompress.spec import Config, RunReport
 
 
 def refused(called, code: int, *parts: str) -> None:
@@ -196,12 +196,20 @@ def test_overwrite_starts_from_nothing(quick, tiny_run, tmp_path):
 
 
 def test_refused_budget_leaves_nothing_in_the_way_of_the_corrected_call(quick, tmp_path):
-    arguments = ("compress", *TINY, "--runs", tmp_path, "--name", "run")
-    refused(call(*arguments, "--budget", "flops=0.001x"), 3, "cannot be met")
-    corrected = ("--stages", "prune", "--episodes", "8", "--noise-epochs", "0", "--budget", "flops=0.9x")
-    called = call(*arguments, *corrected)
-    assert called.code == 0, called.err
-    refused(call(*arguments, *corrected), 2, "exists. Go on with --resume")
+    from edgecompress.errors import UsageError
+    from edgecompress.runs import opened
+
+    arguments = ("compress", *TINY, "--runs", tmp_path, "--name", "run", "--budget", "flops=0.001x")
+    refused(call(*arguments), 3, "cannot be met")
+    path = tmp_path / "run"
+    assert (path / "exports" / "original.onnx").exists()
+    corrected = json.loads((path / "config.json").read_text()) | {"budget": "flops=0.9x"}
+    config = Config.model_validate(corrected)
+    with opened(path, config, resume=False, overwrite=False) as run:
+        assert run.config() == config and not (path / "exports").exists()
+        run.file("trials.jsonl").touch()
+    with pytest.raises(UsageError, match="exists"), opened(path, config, resume=False, overwrite=False):
+        pass
 
 
 def test_second_process_on_the_same_run_is_refused(tiny_run, tmp_path):
