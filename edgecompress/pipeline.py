@@ -17,6 +17,7 @@ from edgecompress.describe import GraphModule, graph_of, traced_of
 from edgecompress.envs import Limit
 from edgecompress.errors import UnknownNameError
 from edgecompress.exporters.formats import EXPORTERS, ExportSource, export
+from edgecompress.exporters.interface import PLAIN, Interface
 from edgecompress.exporters.quantized_file import save_graph, save_quantized
 from edgecompress.exporters.sizes import PlannedSize
 from edgecompress.exporters.to_onnx import float_model
@@ -70,9 +71,9 @@ class Run:
             if not goal.holds
         ]
 
-    def export(self, format_name: str, *, check: bool = True) -> Artifact:
-        """Write one format (``onnx``, ``onnxruntime``, ``tensorrt``) into the run's ``exports`` folder and prove it."""
-        return export_run(self.path, format_name, data=self.data, check=check)
+    def export(self, format_name: str, *, check: bool = True, interface: Interface = PLAIN) -> Artifact:
+        """Write one format (a key of `exporters.formats.EXPORTERS`) into the run's ``exports`` folder and prove it."""
+        return export_run(self.path, format_name, data=self.data, check=check, interface=interface)
 
 
 def compress(  # noqa: PLR0913 (the public call: everything beyond what, where and how it is stored goes into options)
@@ -237,11 +238,24 @@ def formats_for(job: Job) -> tuple[str, ...]:
     return ("onnx", "tensorrt") if job.target.exporter == "tensorrt" else ("onnx",)
 
 
-def export_run(path: Path, format_name: str, *, data: Dataset | None = None, check: bool = True) -> Artifact:
+def export_run(
+    path: Path,
+    format_name: str,
+    *,
+    data: Dataset | None = None,
+    check: bool = True,
+    interface: Interface = PLAIN,
+    out: Path | None = None,
+) -> Artifact:
     """Write one format of a finished run into its ``exports`` folder; everything is read back from the run's files.
+
+    Args:
+        interface: input type, layout, head, opset and batch of the file.
+        out: another folder.
 
     Raises:
         BadFileError: the run is missing, broken or did not finish. GoalMissedError: the artifact failed its proof.
+        UsageError: ``out`` cannot be written.
     """
     run = RunFolder(path)
     config = run.config()
@@ -259,8 +273,11 @@ def export_run(path: Path, format_name: str, *, data: Dataset | None = None, che
         preprocessing=data.preprocessing,
         classes=data.classes,
         images=data.normalise(data.select_val.images[:100]).numpy(),
+        labels=data.select_val.labels[:100].numpy(),
+        interface=interface,
+        table=Path(config.table).name if config.table else "",
     )
-    return export(source, format_name, run.file("exports"), check=check)
+    return export(source, format_name, out or run.file("exports"), check=check)
 
 
 class _Clock:

@@ -91,7 +91,7 @@ class _Writer:
         self.read_names: dict[str, str] = {}
         self.integers: dict[str, tuple[str, str, str]] = {}  # names of u8 tensor, scale and zero point
         self.shared: dict[tuple[str, float], str] = {}
-        self.opset = BASE_OPSET
+        self.opset = min(BASE_OPSET, max_opset)
         self.owner = find_points(self.graph).owner
 
     def write(self, batch: int | None, metadata: Mapping[str, str] | None) -> onnx.ModelProto:

@@ -17,7 +17,10 @@ from numpy.typing import NDArray
 from edgecompress.cost import kernels
 from edgecompress.exporters import simulate_tensorrt
 from edgecompress.exporters.emulate import emulate, float_islands, runs_in_integers
-from edgecompress.exporters.runners import OnnxRuntimeRunner
+from edgecompress.exporters.onnx_writing import Names
+from edgecompress.exporters.packing import store
+from edgecompress.exporters.runners import OnnxRuntimeRunner, OpenVinoRunner, run_all
+from edgecompress.exporters.sizes import CHANNEL_BYTES
 from edgecompress.graph import Graph
 from edgecompress.interpret import float_constants, run
 from edgecompress.quantize import QuantizedGraph, simulate
@@ -38,6 +41,7 @@ class Checks:
 
     values: dict[str, Value] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    outputs: NDArray[np.float32] | None = None  # of the file, for the images that it was checked on
 
     def require(self, holds: bool, name: str, value: Value, otherwise: str) -> None:
         """Record ``value``; a check that does not hold is a failure."""
@@ -76,9 +80,10 @@ def check_float(model: bytes, graph: Graph, images: Images) -> Checks:
     """The float file against our own evaluation of the graph in torch."""
     checks = Checks()
     onnx.checker.check_model(model, full_check=True)
-    found = OnnxRuntimeRunner(model).run(images)
+    found = run_all(OnnxRuntimeRunner(model), images)
     with torch.no_grad():
         wanted = run(graph, torch.from_numpy(images), float_constants(graph)).numpy()
+    checks.outputs = found
     error = float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-9))
     checks.require(
         error < 1e-3, "relative_error", error, f"the file's outputs differ by {error:.2%} from the network's"
@@ -142,10 +147,11 @@ def check_ort(model: bytes, quantized: QuantizedGraph, images: Images) -> Checks
     checks.values["float_islands"] = ", ".join(islands) or "none"
     report, short = fusion_report(quantized, operators)
     checks.require(not short, "integer_kernels", report, f"ONNX Runtime runs operators in float silently: {short}")
-    found = OnnxRuntimeRunner(model).run(images)
+    found = run_all(OnnxRuntimeRunner(model), images)
     with torch.no_grad():
         x = torch.from_numpy(images)
         exact, floating = emulate(quantized, x).numpy(), simulate(quantized, x).numpy()
+    checks.outputs = found
     difference = float(np.abs(found - exact).max())
     same = agreement(found, exact)
     holds = difference == 0.0 if has_vnni() and not islands else same >= 0.995
@@ -154,6 +160,54 @@ def check_ort(model: bytes, quantized: QuantizedGraph, images: Images) -> Checks
     )
     checks.values["emulator_agreement"] = same
     checks.values["simulator_agreement"] = agreement(found, floating)
+    return checks
+
+
+def check_size(model: bytes, quantized: QuantizedGraph) -> Checks:
+    """Where the bytes are: weights against weights x bits / 8, everything else per node. Facts, nothing is refused."""
+    proto = onnx.load_from_string(model)
+    opset, nodes = proto.opset_import[0].version, len(proto.graph.node)
+    stored = [store(w.values, w.bits, Names(), max_opset=opset) for w in quantized.weights.values()]
+    packed = sum(len(found.raw_data) for layer in stored for found in layer.initializers)
+    exact = sum(weight.values.size * weight.bits / 8 for weight in quantized.weights.values())
+    channels = sum(CHANNEL_BYTES * len(weight.scale) for weight in quantized.weights.values())
+    return Checks(
+        {
+            "weight_bytes": packed,
+            "weight_bytes_exact": round(exact),
+            "channel_bytes": channels,
+            "other_bytes_per_node": round((len(model) - packed - channels) / nodes, 1),
+        }
+    )
+
+
+def check_memory(activations: int, weights: int, limit_mb: int) -> Checks:
+    """Planned memory against the target's. ``activations`` and ``weights`` are bytes."""
+    checks = Checks({"weight_memory_bytes": weights})
+    needed = (activations + weights) / 2**20
+    checks.require(
+        needed <= limit_mb, "activation_peak_bytes", activations,
+        f"running it is planned to take {needed:.0f} MiB, the target has {limit_mb}",
+    )  # fmt: skip
+    return checks
+
+
+def check_openvino(model: bytes, quantized: QuantizedGraph, images: Images) -> Checks:
+    """The file is right (`check_ort`), and OpenVINO runs its layers in 8 bits and answers as the emulator does."""
+    checks = check_ort(model, quantized, images)
+    runner = OpenVinoRunner(model)
+    found = checks.outputs = run_all(runner, images)
+    with torch.no_grad():
+        wanted = emulate(quantized, torch.from_numpy(images)).numpy()
+    integer = runner.integer_layers()
+    checks.values["openvino"] = runner.runtime
+    checks.require(
+        integer >= len(quantized.weights), "openvino_integer_layers", integer,
+        f"OpenVINO runs {integer} of {len(quantized.weights)} quantised layers in 8 bits",
+    )  # fmt: skip
+    same = agreement(found, wanted)
+    checks.require(same >= 0.9, "openvino_agreement", same, f"only {same:.1%} of OpenVINO's classes are the emulator's")
+    checks.values["openvino_error"] = relative_error(found, wanted)
     return checks
 
 
@@ -171,7 +225,8 @@ def check_trt(model: bytes, quantized: QuantizedGraph, images: Images) -> Checks
         f"the file breaks the dialect: {'; '.join(broken[:1])}",
     )
     runner = OnnxRuntimeRunner(model, optimise=False)
-    found = np.concatenate([runner.run(image[None]) for image in images])
+    found = run_all(runner, images)
+    checks.outputs = found
     with torch.no_grad():
         x = torch.from_numpy(images)
         wanted, simulated = simulate_tensorrt.simulate(quantized, x).numpy(), simulate(quantized, x).numpy()
@@ -203,7 +258,8 @@ def merged(*parts: Checks) -> Checks:
     values: dict[str, Value] = {}
     for part in parts:
         values |= part.values
-    return Checks(values, [failure for part in parts for failure in part.failures])
+    outputs = next((part.outputs for part in parts if part.outputs is not None), None)
+    return Checks(values, [failure for part in parts for failure in part.failures], outputs)
 
 
 def one_line(values: Mapping[str, Value]) -> str:
