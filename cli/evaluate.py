@@ -1,11 +1,17 @@
-"""``edgecompress eval``: accuracy and latency of an exported file."""
+"""``edgecompress eval``: accuracy, time and memory of exported files."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from edgecompress.evaluation import Evaluation
 
 
 @click.command("eval")
@@ -13,26 +19,75 @@ import click
 @click.option("--data", default="digits", show_default=True, help="'digits' or the root of an image folder.")
 @click.option("--image-size", type=click.IntRange(min=8), help="Resize images to this height and width.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads while timing.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images per call while timing.")
+@click.option("--runtime", default="", help="onnxruntime or openvino. Default: what the file's suffix says.")
+@click.option("--against", type=click.Path(path_type=Path), help="Another file or run folder to compare with.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print as CSV, one line per file.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def command(artifact: Path, data: str, image_size: int | None, threads: int, as_json: bool) -> None:
-    """Measure ARTIFACT, an .onnx file or a run folder, on the data's test split in ONNX Runtime.
+def command(
+    artifact: Path,
+    data: str,
+    image_size: int | None,
+    threads: int,
+    batch: int,
+    runtime: str,
+    against: Path | None,
+    as_csv: bool,
+    as_json: bool,
+) -> None:
+    """Measure ARTIFACT, an .onnx, .ort or .xml file or a run folder, on the data's test split.
 
     \b
     Example:
       edgecompress eval runs/first/exports/model.int8.onnx --data digits
+      edgecompress eval runs/first --against runs/first/exports/original.onnx --csv
     """
-    from edgecompress.report import evaluate_artifact
+    from dataclasses import asdict
 
-    result = evaluate_artifact(artifact, data, image_size=image_size, threads=threads)
+    from edgecompress.data import load_data
+    from edgecompress.errors import UsageError
+    from edgecompress.evaluation import artifact_at, compared, evaluate_artifact
+    from edgecompress.exporters.artifacts import open_artifact
+
+    if as_csv and as_json:
+        raise UsageError("--csv and --json exclude each other; give one of them.")
+    for path in (artifact, *([against] if against else [])):
+        open_artifact(artifact_at(path), runtime=runtime)  # what cannot be opened is said before the data is read
+    dataset = load_data(data, image_size=image_size)
+    files = [artifact, against] if against else [artifact]
+    found = [evaluate_artifact(path, dataset, threads=threads, batch=batch, runtime=runtime) for path in files]
+    rows = [evaluation for evaluation, _ in found]
+    comparison = compared(*found) if against else None
     if as_json:
-        click.echo(json.dumps(result, indent=1))
-        return
-    click.echo(f"{result['file']}  {result['size_bytes']:,} bytes")
-    click.echo(f"  top-1 accuracy {result['accuracy']:.2%} on {result['images']} test images of {result['data']}")
-    if result["median_us"] is None:
-        click.echo("  latency: not measured (the file is in TensorRT's dialect, which ONNX Runtime does not fuse)")
+        rest = {"against": asdict(rows[1]), "comparison": comparison} if against else {}
+        click.echo(json.dumps(asdict(rows[0]) | rest, indent=1))
+    elif as_csv:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(asdict(rows[0])), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
+        click.echo(text.getvalue(), nl=False)
     else:
+        for row in rows:
+            _print(row)
+    if comparison and not (as_json or as_csv):
+        speed = f"{comparison['speed']:.2f} times as fast, " if comparison["speed"] else ""
         click.echo(
-            f"  latency {result['median_us'] / 1000:.4g} ms median, {result['p90_us'] / 1000:.4g} ms p90 "
-            f"(measured here, ONNX Runtime, batch 1, {threads} thread{'s' if threads > 1 else ''})"
+            f"the first is {speed}{comparison['size']:.3g} of the bytes, {comparison['accuracy_points']:+.2f} points; "
+            f"{comparison['agreement']:.1%} of the answers are the same"
         )
+
+
+def _print(row: Evaluation) -> None:
+    click.echo(f"{row.file}  {row.size_bytes:,} bytes")
+    click.echo(f"  top-1 accuracy {row.accuracy:.2%} on {row.images} test images of {row.data}")
+    if row.median_us is None or row.p90_us is None or row.p99_us is None:
+        click.echo("  latency: not measured (the file is in TensorRT's dialect, which ONNX Runtime does not fuse)")
+        return
+    times = f"{row.median_us / 1000:.4g} ms median, {row.p90_us / 1000:.4g} ms p90, {row.p99_us / 1000:.4g} ms p99"
+    threads = f"{row.threads} thread{'s' if row.threads > 1 else ''}"
+    click.echo(f"  latency {times} (measured here, {row.runtime}, batch {row.batch}, {threads})")
+    click.echo(f"  throughput {row.images_per_second:,.0f} images/s")
+    if row.load_peak_bytes is not None and row.run_peak_bytes is not None:
+        load, peak = row.load_peak_bytes / 2**20, row.run_peak_bytes / 2**20
+        click.echo(f"  memory {load:.1f} MiB to load, {peak:.1f} MiB at the peak, on top of the runtime's own")

@@ -8,13 +8,11 @@ from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from edgecompress.cost import LatencyModel, average_weight_bits, channels, count, layer_macs
-from edgecompress.data import Dataset, load_data
-from edgecompress.errors import BadDataError, BadFileError
+from edgecompress.data import Dataset
 from edgecompress.exporters.runners import OnnxRuntimeRunner, measure_latency_us
 from edgecompress.files import write_document, write_text
 from edgecompress.finetune import accuracy_and_loss
@@ -45,61 +43,6 @@ def evaluate_file(path: Path, data: Dataset, *, optimise: bool = True) -> float:
         return torch.from_numpy(runner.run(x.numpy()))
 
     return accuracy_and_loss(forward, data, data.test, 1 if fixed else 256)[0]
-
-
-def is_trt_dialect(path: Path) -> bool:
-    """Whether activations are quantised to s8: such a file is run as written, ONNX Runtime would fuse half of it."""
-    import onnx
-
-    try:
-        graph = onnx.load(path).graph
-    except Exception as error:
-        raise BadFileError(
-            f"{path} is no ONNX file ({type(error).__name__}). Name an exported .onnx or a run folder."
-        ) from error
-    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
-    zeros = [
-        types.get(node.input[2]) for node in graph.node if node.op_type == "QuantizeLinear" and len(node.input) > 2
-    ]
-    return onnx.TensorProto.INT8 in zeros
-
-
-def evaluate_artifact(path: Path, data: str, *, image_size: int | None = None, threads: int = 1) -> dict[str, Any]:
-    """Accuracy on the test split and latency of an exported file, or of the integer file of a run folder.
-
-    Raises:
-        BadFileError: the file is missing or no ONNX. BadDataError: the images have another shape than the network's input.
-    """
-    if path.is_dir():
-        path = next(
-            (p for p in (path / "exports" / "model.int8.onnx", path / "exports" / "model.onnx") if p.exists()),
-            path / "exports",
-        )
-    if not path.is_file():
-        raise BadFileError(
-            f"There is no artifact at {path}. Name an exported .onnx file or the folder of a finished run."
-        )
-    as_written = is_trt_dialect(path)
-    runner = OnnxRuntimeRunner(path, threads=threads, optimise=not as_written)
-    dataset = load_data(data, image_size=image_size)
-    wanted, found = runner.session.get_inputs()[0].shape[1:], list(dataset.test.images.shape[1:])
-    if wanted != found:
-        raise BadDataError(
-            f"{path.name} takes images of shape {wanted}, {data} has {found}. Give --image-size {wanted[-1]} or the data it was made for."
-        )
-    image = dataset.normalise(dataset.test.images[:1]).numpy()
-    latency = None if as_written else measure_latency_us(runner, image)
-    del runner
-    return {
-        "file": str(path),
-        "size_bytes": path.stat().st_size,
-        "data": dataset.name,
-        "images": len(dataset.test),
-        "accuracy": evaluate_file(path, dataset, optimise=not as_written),
-        "threads": threads,
-        "median_us": latency["median_us"] if latency else None,
-        "p90_us": latency["p90_us"] if latency else None,
-    }
 
 
 def report_on(

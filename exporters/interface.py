@@ -5,6 +5,7 @@ All of it is added around a finished model, whatever its dialect: the integers i
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -21,6 +22,7 @@ InputType = Literal["float32", "uint8"]
 Layout = Literal["nchw", "nhwc"]
 Head = Literal["scores", "softmax", "argmax"]
 Images = NDArray[np.float32]
+PROPERTY = "edgecompress.interface"
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Interface:
     def takes_pixels(self) -> bool:
         """Whether the file normalises by itself."""
         return self.pixels or self.input == "uint8"
+
+    @property
+    def described(self) -> str:
+        """What a file says of its own interface, as JSON."""
+        return json.dumps({"pixels": self.takes_pixels, "layout": self.layout, "head": self.head})
 
     @property
     def is_plain(self) -> bool:
@@ -117,6 +124,8 @@ def adapt(model: onnx.ModelProto, interface: Interface, how: Preprocessing) -> o
     for number, added in enumerate(before):
         graph.node.insert(number, added)
     graph.node.extend(_head(graph, interface, scores, result))
+    if not interface.bare:
+        model.metadata_props.append(onnx.StringStringEntryProto(key=PROPERTY, value=interface.described))
     return model
 
 

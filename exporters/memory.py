@@ -13,9 +13,12 @@ import subprocess
 import sys
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgecompress.errors import BadFileError
-from edgecompress.graph import Graph
+
+if TYPE_CHECKING:
+    from edgecompress.graph import Graph  # no torch in the process that is measured
 
 FLOAT_BYTES, INTEGER_BYTES = 4, 1
 

@@ -79,6 +79,7 @@ class OnnxRuntimeRunner:
                 f"The file takes {len(self.session.get_inputs())} inputs, the first of {entry.type}; expected one of float or uint8 images."
             )
         self.dtype: np.dtype[Any] = _TYPES[entry.type]
+        self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
 
     def run(self, images: Images) -> Floats:
         """Outputs for a batch."""
