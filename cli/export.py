@@ -4,21 +4,66 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from edgecompress.exporters.interface import Head, InputType, Layout
 
 
 @click.command("export")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
-    "--format", "format_name", default="onnxruntime", show_default=True, help="onnx, onnxruntime or tensorrt."
+    "--format",
+    "format_name",
+    default="onnxruntime",
+    show_default=True,
+    help="onnx, onnxruntime, openvino or tensorrt.",
 )
+@click.option(
+    "--input",
+    "input_type",
+    type=click.Choice(["float32", "uint8"]),
+    default="float32",
+    show_default=True,
+    help="Element type of the images; uint8 means pixels 0 to 255.",
+)
+@click.option(
+    "--layout", type=click.Choice(["nchw", "nhwc"]), default="nchw", show_default=True, help="Order of the dimensions."
+)
+@click.option("--fold-normalisation", is_flag=True, help="The file takes pixels 0 to 255 and normalises itself.")
+@click.option(
+    "--head",
+    type=click.Choice(["scores", "softmax", "argmax"]),
+    default="scores",
+    show_default=True,
+    help="What the file answers: scores, probabilities or the number of the class.",
+)
+@click.option("--batch", help="Images per call: a number, or 'dynamic'. Default: dynamic, for tensorrt 1.")
+@click.option("--max-opset", type=int, help="Highest ONNX opset, 15 to 25; below 25 two bits are stored as four.")
+@click.option("--strip-metadata", is_flag=True, help="Short names and no metadata: the smallest file.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write to. Default: RUN/exports.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Prove the file before it gets its name.")
 @click.option(
     "--engine", is_flag=True, help="With --format tensorrt: also build the engine; needs tensorrt and the target's GPU."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the artifact's record as JSON.")
-def command(run: Path, format_name: str, verify: bool, engine: bool, as_json: bool) -> None:
+def command(
+    run: Path,
+    format_name: str,
+    input_type: InputType,
+    layout: Layout,
+    fold_normalisation: bool,
+    head: Head,
+    batch: str | None,
+    max_opset: int | None,
+    strip_metadata: bool,
+    out: Path | None,
+    verify: bool,
+    engine: bool,
+    as_json: bool,
+) -> None:
     """Write one format into RUN/exports and prove it.
 
     For a TensorRT target this writes the ONNX with build_on_device.py beside it: an engine is only right when it is built
@@ -27,15 +72,26 @@ def command(run: Path, format_name: str, verify: bool, engine: bool, as_json: bo
     \b
     Example:
       edgecompress export runs/resnet8-digits-jetson-orin-nano --format tensorrt
+      edgecompress export runs/first --input uint8 --layout nhwc --head argmax
     """
     from edgecompress.errors import UsageError
 
     if engine and format_name != "tensorrt":
         raise UsageError(f"--engine builds a TensorRT engine; it does not go with --format {format_name}.")
+    from edgecompress.exporters.interface import Interface
     from edgecompress.pipeline import export_run
 
-    artifact = export_run(run, format_name, check=verify)
-    path = run / "exports" / artifact.path
+    interface = Interface(
+        input=input_type,
+        layout=layout,
+        pixels=fold_normalisation,
+        head=head,
+        batch=_batch(batch),
+        max_opset=max_opset,
+        bare=strip_metadata,
+    )
+    artifact = export_run(run, format_name, check=verify, interface=interface, out=out)
+    path = (out or run / "exports") / artifact.path
     if engine:
         from edgecompress.exporters.check_tensorrt import build_engine_here
 
@@ -43,8 +99,20 @@ def command(run: Path, format_name: str, verify: bool, engine: bool, as_json: bo
     if as_json:
         click.echo(json.dumps(artifact.model_dump(mode="json"), indent=1))
         return
-    click.echo(f"{path}  {artifact.size_bytes:,} bytes, {artifact.dialect} dialect, opset {artifact.opset}")
+    click.echo(
+        f"{path}  {artifact.size_bytes:,} bytes, {artifact.dialect} dialect, opset {artifact.opset}, runs from {artifact.oldest_runtime}"
+    )
     for key, value in artifact.checks.items():
         click.echo(f"  {key}: {value:.4g}" if isinstance(value, float) else f"  {key}: {value}")
     if format_name == "tensorrt" and not engine:
         click.echo(f"  on the device: copy {path.parent} there and run python3 build_on_device.py in it")
+
+
+def _batch(text: str | None) -> int | None:
+    from edgecompress.errors import UsageError
+
+    if text is None or text == "dynamic":
+        return None if text is None else 0
+    if not text.isdecimal() or text == "0":
+        raise UsageError(f"--batch {text} is no batch size; give a number from 1 on, or 'dynamic'.")
+    return int(text)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -168,13 +170,24 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 
 def normalise(graph: Graph) -> Graph:
-    """Rename layers after their modules, drop what does nothing, and use the pooling operator runtimes have kernels for."""
+    """Rename layers after their modules, drop what does nothing, and use the operators that runtimes have kernels for."""
     graph = _without_identities(graph)
-    graph = replace(graph, nodes=tuple(new for node in graph.nodes for new in _normalised(node, graph)))
-    pooled = {n.outputs[0]: (*graph.shapes[n.inputs[0]][:1], 1, 1) for n in graph.nodes if n.op == "GlobalAveragePool"}
-    graph = replace(graph, shapes={**graph.shapes, **pooled})
-    used = {name for node in graph.nodes for name in node.inputs}
-    return replace(graph, constants={key: value for key, value in graph.constants.items() if key in used})
+    constants, shapes = dict(graph.constants), dict(graph.shapes)
+    nodes = tuple(new for node in graph.nodes for new in _normalised(node, graph, constants, shapes))
+    nodes = _alive(nodes, graph.outputs)
+    used = {name for node in nodes for name in node.inputs}
+    kept = {key: value for key, value in constants.items() if key in used}
+    return replace(graph, nodes=nodes, constants=kept, shapes=shapes)
+
+
+def _alive(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...]:
+    """Without operators whose results nobody reads, such as the shape arithmetic of a Reshape that is now constant."""
+    wanted, kept = set(outputs), []
+    for node in reversed(nodes):
+        if wanted.intersection(node.outputs):
+            wanted.update(node.inputs)
+            kept.append(node)
+    return tuple(reversed(kept))
 
 
 def _without_identities(graph: Graph) -> Graph:
@@ -189,14 +202,75 @@ def _without_identities(graph: Graph) -> Graph:
     return replace(graph, nodes=tuple(nodes))
 
 
-def _normalised(node: Node, graph: Graph) -> list[Node]:
+def _normalised(
+    node: Node, graph: Graph, constants: dict[str, Array], shapes: dict[str, tuple[int, ...]]
+) -> list[Node]:
+    """What stands in the place of ``node``; new constants and the shapes of new values are added."""
     if node.op in LAYER_OPS and node.inputs[1] in graph.constants:
         return [_layer(node)]
+    if node.op == "BatchNormalization" and len(graph.shapes.get(node.inputs[0], ())) == 3:
+        return [_scale_and_shift(node, constants)]
+    if node.op == "HardSwish":
+        return _hard_swish(node, shapes)
+    if node.op == "Split":
+        return _slices(node, graph, constants)
     if node.op == "ReduceMean" and _axes(node, graph) in ((2, 3), (-2, -1), (-1, -2)):
-        return _global_pool(node)
+        return _global_pool(node, shapes)
     if node.op == "Reshape" and _flattens(node, graph):
         return [replace(node, op="Flatten", inputs=node.inputs[:1], attributes={"axis": 1})]
+    if node.op == "Reshape" and node.inputs[1] not in graph.constants:
+        return [_static_reshape(node, graph, constants)]
     return [node]
+
+
+def _scale_and_shift(node: Node, constants: dict[str, Array]) -> Node:
+    """A BatchNorm that no convolution precedes is a depthwise 1x1 convolution, which runs in integers.
+
+    One weight per channel, quantised per channel, loses nothing.
+    """
+    gamma, beta, mean, variance = (constants[name].astype(np.float64) for name in node.inputs[1:5])
+    factor = gamma / np.sqrt(variance + float(node.attributes.get("epsilon", 1e-5)))
+    name = node.inputs[3].removesuffix(".running_mean")  # equal gammas are one tensor in the export, means never are
+    constants[f"{name}.scale"] = factor.astype(np.float32).reshape(-1, 1, 1, 1)
+    constants[f"{name}.shift"] = (beta - mean * factor).astype(np.float32)
+    inputs = (node.inputs[0], f"{name}.scale", f"{name}.shift")
+    return Node(name, "Conv", inputs, node.outputs[:1], {"group": len(factor), "kernel_shape": (1, 1)})
+
+
+def _hard_swish(node: Node, shapes: dict[str, tuple[int, ...]]) -> list[Node]:
+    """``x * HardSigmoid(x)``: runtimes split it so anyway, and both halves have integer forms."""
+    gate = f"{node.outputs[0]}_gate"
+    shapes[gate] = shapes[node.inputs[0]]
+    return [
+        Node(f"{node.name}_gate", "HardSigmoid", node.inputs, (gate,), {"alpha": 1 / 6, "beta": 0.5}),
+        Node(node.name, "Mul", (node.inputs[0], gate), node.outputs, {}),
+    ]
+
+
+def _slices(node: Node, graph: Graph, constants: dict[str, Array]) -> list[Node]:
+    """One Slice per output, so that every operator of the graph has one result."""
+    axis = int(node.attributes.get("axis", 0))
+    if axis == 0:
+        return [node]  # the batch: the interpreter refuses it by name
+    sizes = [graph.shapes[output][axis - 1 if axis > 0 else axis] for output in node.outputs]
+    nodes, start = [], 0
+    for number, (output, size) in enumerate(zip(node.outputs, sizes, strict=True)):
+        names = [f"{node.name}.{number}.{part}" for part in ("start", "end", "axis")]
+        for name, value in zip(names, (start, start + size, axis), strict=True):
+            constants[name] = np.array([value], np.int64)
+        nodes.append(Node(f"{node.name}.{number}", "Slice", (node.inputs[0], *names), (output,), {}))
+        start += size
+    return nodes
+
+
+def _static_reshape(node: Node, graph: Graph, constants: dict[str, Array]) -> Node:
+    """A Reshape to computed sizes that leaves the batch alone; the other sizes are known."""
+    source, result = graph.shapes.get(node.inputs[0], ()), graph.shapes.get(node.outputs[0], ())
+    if not result or min((*source, *result)) < 1 or math.prod(source) != math.prod(result):
+        return node
+    name = f"{node.name}.shape"
+    constants[name] = np.array([0, *result], np.int64)
+    return replace(node, inputs=(node.inputs[0], name), attributes={})
 
 
 def _layer(node: Node) -> Node:
@@ -212,11 +286,14 @@ def _axes(node: Node, graph: Graph) -> tuple[int, ...]:
     return ()
 
 
-def _global_pool(node: Node) -> list[Node]:
+def _global_pool(node: Node, shapes: dict[str, tuple[int, ...]]) -> list[Node]:
     """ONNX Runtime has an integer GlobalAveragePool but no integer ReduceMean."""
+    channels = shapes[node.inputs[0]][0]
     if node.attributes.get("keepdims", 1):
+        shapes[node.outputs[0]] = (channels, 1, 1)
         return [replace(node, op="GlobalAveragePool", inputs=node.inputs[:1], attributes={})]
     pooled = f"{node.outputs[0]}_pooled"
+    shapes[pooled] = (channels, 1, 1)
     return [
         Node(f"{node.name}_pool", "GlobalAveragePool", node.inputs[:1], (pooled,), {}),
         Node(f"{node.name}_flatten", "Flatten", (pooled,), node.outputs, {"axis": 1}),

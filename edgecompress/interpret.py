@@ -86,6 +86,14 @@ def _reshape(node: Node, args: Arguments) -> Tensor:
     return x.reshape([x.shape[i] if size == 0 else size for i, size in enumerate(sizes)])
 
 
+def _slice(node: Node, args: Arguments) -> Tensor:
+    x = _one(args)
+    starts, ends, axes = ([int(number) for number in part] for part in args[1:4] if part is not None)
+    for start, end, axis in zip(starts, ends, axes, strict=True):
+        x = x[(slice(None),) * (axis % x.dim()) + (slice(start, end),)]
+    return x
+
+
 def _one(args: Arguments) -> Tensor:
     assert args[0] is not None
     return args[0]
@@ -109,7 +117,6 @@ OPERATORS: dict[str, Callable[[Node, Arguments], Tensor]] = {
     "HardSigmoid": lambda node, args: torch.clamp(
         _one(args) * float(node.attributes.get("alpha", 0.2)) + float(node.attributes.get("beta", 0.5)), 0, 1
     ),
-    "HardSwish": lambda node, args: F.hardswish(_one(args)),
     "Softmax": lambda node, args: F.softmax(_one(args), int(node.attributes.get("axis", -1))),
     "LeakyRelu": lambda node, args: F.leaky_relu(_one(args), float(node.attributes.get("alpha", 0.01))),
     "MaxPool": _max_pool,
@@ -121,6 +128,7 @@ OPERATORS: dict[str, Callable[[Node, Arguments], Tensor]] = {
     "Reshape": _reshape,
     "Transpose": lambda node, args: _one(args).permute(tuple(node.attributes["perm"])),
     "Concat": lambda node, args: torch.cat([a for a in args if a is not None], int(node.attributes["axis"])),
+    "Slice": _slice,
     "Identity": lambda node, args: _one(args),
 }
 

@@ -17,6 +17,7 @@ from edgecompress.describe import GraphModule, graph_of, traced_of
 from edgecompress.envs import Limit
 from edgecompress.errors import UnknownNameError, UsageError
 from edgecompress.exporters.formats import EXPORTERS, ExportSource, export
+from edgecompress.exporters.interface import PLAIN, Interface
 from edgecompress.exporters.onnx_writing import metadata_of
 from edgecompress.exporters.quantized_file import save_graph, save_quantized
 from edgecompress.exporters.sizes import PlannedSize
@@ -29,8 +30,8 @@ from edgecompress.options import label, resolve, run_name
 from edgecompress.original import answered, class_names, original_network, preprocessing_of
 from edgecompress.progress import Progress, Silent
 from edgecompress.quantize import Simulator, calibrate
-from edgecompress.report import ORIGINAL, ORIGINAL_INT8, report_on, write_report
-from edgecompress.runs import RunFolder, opened
+from edgecompress.report import report_on, write_report
+from edgecompress.runs import ORIGINAL, ORIGINAL_INT8, RunFolder, opened
 from edgecompress.spec import (
     Architecture,
     Artifact,
@@ -74,9 +75,9 @@ class Run:
             if not goal.holds
         ]
 
-    def export(self, format_name: str, *, check: bool = True) -> Artifact:
-        """Write one format (``onnx``, ``onnxruntime``, ``tensorrt``) into the run's ``exports`` folder and prove it."""
-        return export_run(self.path, format_name, data=self.data, check=check)
+    def export(self, format_name: str, *, check: bool = True, interface: Interface = PLAIN) -> Artifact:
+        """Write one format (a key of `exporters.formats.EXPORTERS`) into the run's ``exports`` folder and prove it."""
+        return export_run(self.path, format_name, data=self.data, check=check, interface=interface)
 
 
 def compress(  # noqa: PLR0913 (the public call: everything beyond what, where and how it is stored goes into options)
@@ -291,11 +292,24 @@ def formats_for(job: Job) -> tuple[str, ...]:
     return ("onnx", "tensorrt") if job.target.exporter == "tensorrt" else ("onnx",)
 
 
-def export_run(path: Path, format_name: str, *, data: Dataset | None = None, check: bool = True) -> Artifact:
+def export_run(
+    path: Path,
+    format_name: str,
+    *,
+    data: Dataset | None = None,
+    check: bool = True,
+    interface: Interface = PLAIN,
+    out: Path | None = None,
+) -> Artifact:
     """Write one format of a finished run into its ``exports`` folder; everything is read back from the run's files.
+
+    Args:
+        interface: input type, layout, head, opset and batch of the file.
+        out: another folder.
 
     Raises:
         BadFileError: the run is missing, broken or did not finish. GoalMissedError: the artifact failed its proof.
+        UsageError: ``out`` cannot be written.
     """
     run = RunFolder(path)
     config = run.config()
@@ -306,6 +320,7 @@ def export_run(path: Path, format_name: str, *, data: Dataset | None = None, che
         data = dataset_of(config.data, config, Silent(), architecture.preprocessing)
     integers = run.file("quantized.safetensors").exists() or not run.file("graph.onnx").exists()
     quantized = run.quantized() if integers else None
+    images, labels = next(data.batches(data.select_val, 100))
     source = ExportSource(
         graph=read_graph(run.file("graph.onnx")),
         quantized=quantized,
@@ -314,10 +329,13 @@ def export_run(path: Path, format_name: str, *, data: Dataset | None = None, che
         target=target_by_name(config.target),
         preprocessing=data.preprocessing,
         classes=data.classes if data.labelled else class_names(config, architecture.classes),
-        class_scores=data.task.class_scores,
-        images=data.normalise(data.select_val.images[:100]).numpy(),
+        images=images.numpy(),
+        labels=labels.numpy() if data.labelled else None,
+        task=data.task,
+        interface=interface,
+        table=Path(config.table).name if config.table else "",
     )
-    return export(source, format_name, run.file("exports"), check=check)
+    return export(source, format_name, out or run.file("exports"), check=check)
 
 
 class _Clock:

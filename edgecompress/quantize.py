@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,9 +16,10 @@ from edgecompress.interpret import float_constants, run
 from edgecompress.spec import LayerChoice
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
-_PASS_THROUGH = ("MaxPool", "Flatten", "Reshape", "Transpose", "Identity")
+_PASS_THROUGH = ("MaxPool", "Flatten", "Reshape", "Transpose", "Slice", "Identity")
 _KEEPS_SIGN = ("AveragePool", "GlobalAveragePool", "ReduceMean", "Concat", "Add", "Mul", *_PASS_THROUGH)
 _NOT_NEGATIVE = ("Relu", "Sigmoid", "HardSigmoid", "Softmax")
+_EIGHT_BITS = LayerChoice(weight_bits=8, activation_bits=8)
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,13 @@ class QuantizedGraph:
 @dataclass(frozen=True)
 class Points:
     """Where activations are quantised. ``owner`` maps a quantised value to the one whose range it shares (itself,
-    unless a pooling or reshape passes integers through); ``signed`` and ``readers`` (layers) are per owner."""
+    unless a pooling or reshape passes integers through); ``signed`` and ``readers`` (layers) are per owner. ``reach`` has
+    the owners that feed a gate (`is_gate`) and where that gate saturates: a whole number of their steps."""
 
     owner: Mapping[str, str]
     signed: Mapping[str, bool]
     layer_input: Mapping[str, str]
+    reach: Mapping[str, float] = field(default_factory=dict)
 
     def layers_of(self, owner: str) -> tuple[str, ...]:
         """Layers that read ``owner``: they share the bits of their input."""
@@ -99,8 +102,33 @@ def clip_limit(graph: Graph, node: Node | None) -> float | None:
     return float(high) if low is not None and high is not None and float(low) == 0 else None
 
 
+def is_gate(graph: Graph, node: Node) -> bool:
+    """Whether ``node`` is a HardSigmoid centred at 0 that only multiplications read, as in HardSwish and squeeze-excite.
+
+    On a grid that meets both its ends it is a clip of its input's integers, read at another scale and zero point: exact,
+    and nothing is quantised anew.
+    """
+    readers = graph.consumers(node.outputs[0])
+    return (
+        node.op == "HardSigmoid"
+        and float(node.attributes.get("beta", 0.5)) == 0.5
+        and node.outputs[0] not in graph.outputs
+        and all(reader.op == "Mul" for reader in readers)
+    )
+
+
+def gate_reach(gate: Node) -> float:
+    """The input at which a HardSigmoid reaches 1."""
+    return 0.5 / float(gate.attributes.get("alpha", 0.2))
+
+
+def steps_to(reach: float, scale: float) -> int:
+    """Whole steps between 0 and ``reach``; so many that a u8 with zero point 128 holds both ends."""
+    return min(max(round(reach / scale), 1), 127)
+
+
 def find_points(graph: Graph) -> Points:
-    """Every computed value is quantised, but for those inside a fused operator and the network's output.
+    """Every computed value is quantised, but for those inside a fused operator, gates, and the network's output.
 
     The output of a convolution is quantised even then (scores per pixel): ONNX Runtime has no integer kernel for a
     convolution that gives floats, as it has for a linear layer.
@@ -108,9 +136,13 @@ def find_points(graph: Graph) -> Points:
     inside = {node.inputs[0] for node in graph.nodes if is_fused_activation(graph, node)}
     owner: dict[str, str] = {graph.inputs[0]: graph.inputs[0]}
     signed: dict[str, bool] = {graph.inputs[0]: True}
+    reach: dict[str, float] = {}
     for node in graph.nodes:
         value = node.outputs[0]
         if value in inside or (value in graph.outputs and not _of_convolution(graph, node)):
+            continue
+        if is_gate(graph, node) and signed.get(owner.get(node.inputs[0], "")):
+            reach[owner[node.inputs[0]]] = gate_reach(node)
             continue
         if node.op in _PASS_THROUGH and node.inputs[0] in owner:
             owner[value] = owner[node.inputs[0]]
@@ -128,7 +160,7 @@ def find_points(graph: Graph) -> Points:
             )
         )
     layer_input = {layer.name: owner[layer.inputs[0]] for layer in graph.layers if layer.inputs[0] in owner}
-    return Points(owner, signed, layer_input)
+    return Points(owner, signed, layer_input, reach)
 
 
 def _of_convolution(graph: Graph, node: Node) -> bool:
@@ -179,17 +211,22 @@ def calibrate(graph: Graph, batches: Iterable[Tensor], *, seed: int = 0, samples
     for name, parts in kept.items():
         values = torch.cat(parts)
         for bits in BITS:
-            scales[name, bits] = _best_scale(values, bits, signed=points.signed[name])
+            scales[name, bits] = _best_scale(values, bits, signed=points.signed[name], reach=points.reach.get(name))
     return Calibration(scales)
 
 
-def _best_scale(values: Tensor, bits: int, *, signed: bool) -> float:
-    """The step that minimises the mean squared error of clipping plus rounding, among 60 fractions of the full range."""
+def _best_scale(values: Tensor, bits: int, *, signed: bool, reach: float | None = None) -> float:
+    """The step that minimises the mean squared error of clipping plus rounding, among 60 fractions of the full range.
+
+    With ``reach``, only steps that divide it.
+    """
     low, high = TensorRange(1.0, bits, signed).limits
     largest = float(values.abs().max()) if signed else float(values.max())
     if largest <= 0:
-        return 1.0 / high  # all zero: any step represents it
+        return (reach or 1.0) / high  # all zero: any step represents it
     steps = torch.linspace(0.05, 1.0, 60) * largest / high
+    if reach is not None:
+        steps = torch.tensor([reach / steps_to(reach, float(step)) for step in steps])
     errors = [
         (torch.fake_quantize_per_tensor_affine(values, float(step), 0, low, high) - values).pow(2).mean()
         for step in steps
@@ -236,9 +273,9 @@ class Simulator:
     def quantized(self, choices: Mapping[str, LayerChoice]) -> QuantizedGraph:
         """Post-training quantisation at ``choices`` (layer name -> bits); layers at 32 bits stay float."""
         weights = {
-            layer.name: self.weight(layer, choices[layer.name].weight_bits)
+            layer.name: self.weight(layer, _choice(choices, layer.name).weight_bits)
             for layer in self.graph.layers
-            if choices[layer.name].weight_bits in BITS
+            if _choice(choices, layer.name).weight_bits in BITS
         }
         return QuantizedGraph(self.graph, self.ranges(choices), weights)
 
@@ -246,7 +283,7 @@ class Simulator:
         """The range of every quantised value; a value that several layers read gets the largest of their bits."""
         ranges = {}
         for value, owner in self.points.owner.items():
-            readers = [choices[layer].activation_bits for layer in self.points.layers_of(owner)]
+            readers = [_choice(choices, layer).activation_bits for layer in self.points.layers_of(owner)]
             bits = max((min(bits, 8) for bits in readers), default=8)
             ranges[value] = TensorRange(self.calibration.scales[owner, bits], bits, self.points.signed[owner])
         return ranges
@@ -256,7 +293,7 @@ class Simulator:
         constants = dict(self._constants)
         ranges = self.ranges(choices)
         for layer in self.graph.layers:
-            bits = choices[layer.name].weight_bits
+            bits = _choice(choices, layer.name).weight_bits
             if bits not in BITS:
                 continue
             quantized = self.weight(layer, bits)
@@ -273,6 +310,11 @@ class Simulator:
         """Fake-quantised outputs for normalised images ``[N, C, H, W]``."""
         ranges = self.ranges(choices)
         return run(self.graph, x, self.constants(choices), lambda name, value: fake_quantize(value, ranges.get(name)))
+
+
+def _choice(choices: Mapping[str, LayerChoice], layer: str) -> LayerChoice:
+    """A layer that is none of the network's own, such as a BatchNorm that stands alone, has 8 bits."""
+    return choices.get(layer, _EIGHT_BITS)
 
 
 def dequantize(weight: QuantizedWeight) -> Tensor:
@@ -323,7 +365,11 @@ class LearnedSteps(nn.Module):
         # Learned in the logarithm, so that a step stays positive and moves in proportion to itself.
         step: Tensor = self.steps[self._step_names[key]].exp()
         kind, _, owner = key.partition(":")
-        end = self._ends.get(owner) if kind == "a" else None
+        if kind != "a":
+            return step
+        reach, end = self._points.reach.get(owner), self._ends.get(owner)
+        if reach is not None:
+            return step + (reach / steps_to(reach, step.item()) - step).detach()
         return step if end is None else step.clamp(max=end / self._start.tensors[owner].limits[1])
 
     def forward(self, x: Tensor) -> Tensor:

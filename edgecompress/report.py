@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from edgecompress.cost import LatencyModel, average_weight_bits, channels, count, kernels, layer_macs
-from edgecompress.data import Dataset, Split, load_data
-from edgecompress.errors import BadDataError, BadFileError
-from edgecompress.exporters.runners import OnnxRuntimeRunner, measure_latency_us
+from edgecompress.evaluation import scored
+from edgecompress.exporters.artifacts import open_artifact
+from edgecompress.exporters.runners import measure_latency_us
 from edgecompress.files import write_document, write_text
-from edgecompress.finetune import accuracy_and_loss
 from edgecompress.report_latency import at_bits, host_model, layer_latencies, predicted
-from edgecompress.runs import RunFolder
+from edgecompress.runs import ORIGINAL, ORIGINAL_INT8, RunFolder
 from edgecompress.spec import (
     FLOAT_BITS,
     Artifact,
@@ -31,115 +26,11 @@ from edgecompress.spec import (
     LayerChoice,
     LayerRow,
     Predicted,
-    Preprocessing,
     RunReport,
 )
 from edgecompress.stages import Job
-from edgecompress.tasks import task_by_name
 
-ORIGINAL = "original.onnx"
-ORIGINAL_INT8 = "original.int8.onnx"
 UNITS = {"flops": "MACs", "params": "parameters", "size": "B", "bops": "BOPs", "latency": "us"}
-
-
-def evaluate_file(path: Path, data: Dataset, *, optimise: bool = True) -> float:
-    """The score (top-1 accuracy in [0, 1]; see `spec.Score`) of an ONNX file on the test split, in ONNX Runtime."""
-    runner = OnnxRuntimeRunner(path, threads=2, optimise=optimise)
-    fixed = isinstance(runner.session.get_inputs()[0].shape[0], int)
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(runner.run(x.numpy()))
-
-    return accuracy_and_loss(forward, data, data.test, 1 if fixed else 256)[0]
-
-
-def is_trt_dialect(path: Path) -> bool:
-    """Whether activations are quantised to s8: such a file is run as written, ONNX Runtime would fuse half of it."""
-    import onnx
-
-    try:
-        graph = onnx.load(path).graph
-    except Exception as error:
-        raise BadFileError(
-            f"{path} is no ONNX file ({type(error).__name__}). Name an exported .onnx or a run folder."
-        ) from error
-    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
-    zeros = [
-        types.get(node.input[2]) for node in graph.node if node.op_type == "QuantizeLinear" and len(node.input) > 2
-    ]
-    return onnx.TensorProto.INT8 in zeros
-
-
-def evaluate_artifact(
-    path: Path,
-    data: str,
-    *,
-    image_size: int | None = None,
-    threads: int = 1,
-    task: str = "classification",
-    unlabelled: bool = False,
-) -> dict[str, Any]:
-    """Score on the test split and latency of an exported file, or of the integer file of a run folder.
-
-    Images are prepared as the file says; one of another origin gets what the images themselves suggest. Without labels
-    the score is agreement with ``original.onnx``, which lies in the same folder or the one above.
-
-    Raises:
-        BadFileError: the file is missing or no ONNX. BadDataError: the images have another shape than the network's input.
-    """
-    if path.is_dir():
-        path = next(
-            (p for p in (path / "exports" / "model.int8.onnx", path / "exports" / "model.onnx") if p.exists()),
-            path / "exports",
-        )
-    if not path.is_file():
-        raise BadFileError(
-            f"There is no artifact at {path}. Name an exported .onnx file or the folder of a finished run."
-        )
-    as_written = is_trt_dialect(path)
-    runner = OnnxRuntimeRunner(path, threads=threads, optimise=not as_written)
-    written = runner.session.get_modelmeta().custom_metadata_map.get("edgecompress.preprocess")
-    how = Preprocessing.model_validate_json(written) if written else None
-    dataset = load_data(
-        data, image_size=image_size, preprocessing=how, task=task_by_name(task), unlabelled=unlabelled
-    )  # fmt: skip
-    wanted, found = runner.session.get_inputs()[0].shape[1:], list(dataset.test.images.shape[1:])
-    if wanted != found:
-        raise BadDataError(
-            f"{path.name} takes images of shape {wanted}, {data} has {found}. Give --image-size {wanted[-1]} or the data it was made for."
-        )
-    if not dataset.labelled:
-        dataset = _as_original_says(dataset, path)
-    image = dataset.normalise(dataset.test.images[:1]).numpy()
-    latency = None if as_written else measure_latency_us(runner, image)
-    del runner
-    score = evaluate_file(path, dataset, optimise=not as_written)
-    return {
-        "file": str(path),
-        "size_bytes": path.stat().st_size,
-        "data": dataset.name,
-        "images": len(dataset.test),
-        "accuracy": score,
-        "score": dataset.task.about.model_dump(),
-        "threads": threads,
-        "median_us": latency["median_us"] if latency else None,
-        "p90_us": latency["p90_us"] if latency else None,
-    }
-
-
-def _as_original_says(data: Dataset, path: Path) -> Dataset:
-    """``data`` with the original file's answers as the labels of its test split."""
-    original = next(
-        (folder / ORIGINAL for folder in (path.parent, path.parent.parent) if (folder / ORIGINAL).exists()), None
-    )
-    if original is None:
-        raise BadDataError(
-            f"{data.name} has no labels, and there is no {ORIGINAL} beside {path} to agree with. Evaluate the file in its run "
-            "folder, or give data with labels."
-        )
-    runner = OnnxRuntimeRunner(original)
-    answers = [torch.from_numpy(runner.run(x.numpy())).argmax(1) for x, _ in data.batches(data.test, 100)]
-    return replace(data, test=Split(data.test.images, torch.cat(answers)))
 
 
 def report_on(
@@ -161,14 +52,15 @@ def report_on(
         path = folder / name
         if not path.exists():
             continue
-        as_written = name in known and known[name].dialect == "trt"
-        if not as_written:
-            timing[name] = measure_latency_us(OnnxRuntimeRunner(path), image)
+        opened = open_artifact(path)
+        if not opened.as_written:
+            timing[name] = measure_latency_us(opened.runner, image)
+        del opened
         rows[name] = ArtifactRow(
             name=name,
             format=known[name].format if name in known else "onnx" if name == ORIGINAL else "onnxruntime",
             size_bytes=path.stat().st_size,
-            accuracy=evaluate_file(path, job.data, optimise=not as_written),
+            accuracy=scored(path, open_artifact(path, threads=job.config.threads), job.data)[0],
             host_latency_us=timing[name]["median_us"] if name in timing else None,
             predicted_host=predicted(on_host(kernels(job.network, _as_run(job, name, known, policy))))
             if on_host and name in timing

@@ -14,14 +14,18 @@ _TEXTS = {
     "float_conv_or_gemm": "Fusion: layers left in float",
     "integer_layers": "Fusion: layers that run as integers",
     "float_islands": "Float islands",
+    "integer_kernels": "Fusion: integer kernels found and expected",
     "emulator_max_difference": "Parity: largest difference from the integer emulator",
     "emulator_agreement": "Parity: same class as the integer emulator",
+    "dialect_error": "Parity: output error against the dialect in torch",
+    "dialect_agreement": "Same class as the dialect in torch",
+    "simulator_error": "Output error against the float simulation",
     "simulator_agreement": "Same class as the float simulation",
     "dialect_lint": "Lint of the TensorRT dialect",
     "tensorrt_rtx": "TensorRT-RTX",
     "verified": "Verified",
 }
-_SHARES = ("emulator_agreement", "simulator_agreement")
+_SHARES = ("emulator_agreement", "dialect_agreement", "simulator_agreement")
 _LARGEST = {"relative_error": 1e-3, "float_conv_or_gemm": 0, "emulator_max_difference": 0}  # a pass up to here
 _GOOD = ("built", "clean")
 

@@ -9,9 +9,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from edgecompress.runs import ORIGINAL_INT8
 from edgecompress.spec import ArtifactRow, Cost, Goal, LayerRow, RunReport, Stage, Trial, weakest
 
-ORIGINAL_INT8 = "original.int8.onnx"
 NONE = "–"
 INT8_BITS = 8
 

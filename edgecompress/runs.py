@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from edgecompress.quantize import QuantizedGraph
 
 
+ORIGINAL = "original.onnx"  # in exports/
+ORIGINAL_INT8 = "original.int8.onnx"
 MEMORY = ("batch_size", "threads")  # what a resumed run may change: memory may have run out
 
 

@@ -307,6 +307,8 @@ class Artifact(Document):
     outputs: dict[str, list[int | str]]
     opset: int
     ir_version: int
+    oldest_runtime: str = ""
+    facts: dict[str, str] = {}
     preprocessing: Preprocessing | None = None
     checks: dict[str, str | float | int | bool] = {}
 

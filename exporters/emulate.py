@@ -12,23 +12,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgecompress.exporters.to_onnxruntime import int32_bias, zero_point
-from edgecompress.graph import Graph, Node
+from edgecompress.exporters.to_onnxruntime import gate_of, gate_steps, grid, int32_bias, zero_point
+from edgecompress.graph import LAYER_OPS, Graph, Node
 from edgecompress.interpret import apply, conv_padding, float_constants
 from edgecompress.quantize import QuantizedGraph, TensorRange, is_fused_activation
 
-INTEGER_OPS = ("Conv", "Gemm", "Add", "MaxPool", "GlobalAveragePool", "Flatten", "Reshape", "Concat", "Transpose")
+MOVES = ("Flatten", "Reshape", "Transpose", "Slice", "Identity")
+
+
+def runs_in_integers(quantized: QuantizedGraph, node: Node) -> bool:
+    """Whether ONNX Runtime has an integer kernel for ``node`` as it is written; moving values needs none."""
+    if node.op in MOVES:
+        return True
+    if node.op in LAYER_OPS:
+        return node.name in quantized.weights
+    if node.op == "HardSigmoid":
+        return gate_of(quantized, node.outputs[0]) is not None
+    absorbed = is_fused_activation(quantized.graph, node)
+    return (absorbed or node.op in KERNELS) and _result(quantized.graph, node) in quantized.tensors
+
+
+def _result(graph: Graph, node: Node) -> str:
+    """What ``node`` yields together with the activation that it absorbs."""
+    readers = graph.consumers(node.outputs[0])
+    after = readers[0] if len(readers) == 1 and is_fused_activation(graph, readers[0]) else node
+    return after.outputs[0]
 
 
 def float_islands(quantized: QuantizedGraph) -> list[str]:
     """Operators that will run in float, as ``op name``."""
-    graph = quantized.graph
-    islands = []
-    for node in graph.nodes:
-        integer = node.op in INTEGER_OPS and (node.op not in ("Conv", "Gemm") or node.name in quantized.weights)
-        if not integer and not is_fused_activation(graph, node):
-            islands.append(f"{node.op} {node.name}")
-    return islands
+    return [f"{node.op} {node.name}" for node in quantized.graph.nodes if not runs_in_integers(quantized, node)]
 
 
 def emulate(quantized: QuantizedGraph, x: Tensor) -> Tensor:
@@ -51,7 +64,11 @@ def emulate(quantized: QuantizedGraph, x: Tensor) -> Tensor:
         value = fused.get(value, value)
         how = quantized.tensors.get(value)
         kernel = KERNELS.get(node.op)
-        layer = node.op in ("Conv", "Gemm")
+        layer = node.op in LAYER_OPS
+        if node.op == "HardSigmoid" and gate_of(quantized, value) is not None:
+            steps = gate_steps(quantized, node)
+            integers[value] = integers[node.inputs[0]].clamp(128 - steps, 128 + steps)
+            continue
         if (layer and node.name not in quantized.weights) or (how is None and not layer):
             kernel = None  # float weights, or an output that is not quantised: ONNX Runtime computes it in float
         if kernel is not None and all(name in integers for name in _activations(graph, node)):
@@ -68,9 +85,9 @@ def emulate(quantized: QuantizedGraph, x: Tensor) -> Tensor:
             floats[value] = result
         else:
             integers[value] = _quantize(result, how)
-    result = _float(graph.outputs[0], floats, integers, quantized, constants)
-    assert result is not None
-    return result
+    outputs = _float(graph.outputs[0], floats, integers, quantized, constants)
+    assert outputs is not None
+    return outputs
 
 
 def _activations(graph: Graph, node: Node) -> list[str]:
@@ -85,9 +102,13 @@ def _float(
     constants: Mapping[str, Tensor],
 ) -> Tensor | None:
     if name in integers:
-        how = quantized.tensors[name]
-        return (integers[name] - zero_point(how)).float() * _float32(how.scale)
+        return _dequantize(name, integers, quantized)
     return floats.get(name, constants.get(name)) if name else None
+
+
+def _dequantize(name: str, integers: Mapping[str, Tensor], quantized: QuantizedGraph) -> Tensor:
+    scale, zero = grid(quantized, name)
+    return (integers[name] - zero).float() * float(scale)
 
 
 def _float32(scale: float) -> float:
@@ -105,9 +126,9 @@ def _clip(q: Tensor, how: TensorRange) -> Tensor:
 
 
 def _conv(node: Node, integers: Mapping[str, Tensor], quantized: QuantizedGraph, how: TensorRange | None) -> Tensor:
-    source = quantized.tensors[node.inputs[0]]
+    scale, zero = grid(quantized, node.inputs[0])
     weight = quantized.weights[node.name]
-    x = (integers[node.inputs[0]] - zero_point(source)).double()
+    x = (integers[node.inputs[0]] - zero).double()
     w = torch.from_numpy(weight.values).double()
     if node.op == "Conv":
         left, right, top, bottom = conv_padding(node)
@@ -121,9 +142,9 @@ def _conv(node: Node, integers: Mapping[str, Tensor], quantized: QuantizedGraph,
     else:
         total = F.linear(x, w if node.attributes.get("transB", 0) else w.t())
     shape = (1, -1, *(1,) * (total.dim() - 2))
-    scales = np.float32(source.scale) * weight.scale
+    scales = scale * weight.scale
     if len(node.inputs) > 2 and node.inputs[2]:
-        bias = int32_bias(quantized.graph.constants[node.inputs[2]], source.scale, weight.scale)
+        bias = int32_bias(quantized.graph.constants[node.inputs[2]], float(scale), weight.scale)
         total = total + torch.from_numpy(bias).double().view(shape)
     if how is None:
         return total.float() * torch.from_numpy(scales).view(shape)
@@ -134,9 +155,9 @@ def _conv(node: Node, integers: Mapping[str, Tensor], quantized: QuantizedGraph,
 def _add(node: Node, integers: Mapping[str, Tensor], quantized: QuantizedGraph, how: TensorRange | None) -> Tensor:
     """QLinearAdd: ``round(fma(a, ra, fma(b, rb, zc - (ra * za + rb * zb))))`` in float32."""
     assert how is not None
-    first, second = (quantized.tensors[name] for name in node.inputs)
-    ratio_a, ratio_b = np.float32(first.scale) / np.float32(how.scale), np.float32(second.scale) / np.float32(how.scale)
-    za, zb, zc = np.float32(zero_point(first)), np.float32(zero_point(second)), np.float32(zero_point(how))
+    (scale_a, zero_a), (scale_b, zero_b) = (grid(quantized, name) for name in node.inputs)
+    ratio_a, ratio_b = scale_a / np.float32(how.scale), scale_b / np.float32(how.scale)
+    za, zb, zc = np.float32(zero_a), np.float32(zero_b), np.float32(zero_point(how))
     offset = np.float32(zc - np.float32(np.float32(ratio_a * za) + np.float32(ratio_b * zb)))
     a, b = (integers[name].double() for name in node.inputs)
     inner = (b * float(ratio_b) + float(offset)).float()
@@ -148,10 +169,10 @@ def _global_average(
 ) -> Tensor:
     """The integer sum times ``scale_x / (scale_y * positions)``, as MLAS requantises it."""
     assert how is not None
-    source = quantized.tensors[node.inputs[0]]
-    x = integers[node.inputs[0]] - zero_point(source)
+    scale, zero = grid(quantized, node.inputs[0])
+    x = integers[node.inputs[0]] - zero
     positions = x.shape[2] * x.shape[3]
-    multiplier = np.float32(source.scale) / np.float32(np.float32(how.scale) * np.float32(positions))
+    multiplier = scale / np.float32(np.float32(how.scale) * np.float32(positions))
     return (x.sum((2, 3), keepdim=True).float() * float(multiplier)).round() + zero_point(how)
 
 
@@ -159,13 +180,27 @@ def _concat(node: Node, integers: Mapping[str, Tensor], quantized: QuantizedGrap
     assert how is not None
     parts = []
     for name in node.inputs:
-        source = quantized.tensors[name]
-        if (source.scale, source.signed) == (how.scale, how.signed):
+        if grid(quantized, name) == (np.float32(how.scale), zero_point(how)):
             parts.append(integers[name].float())
         else:
-            real = (integers[name] - zero_point(source)).float() * _float32(source.scale)
-            parts.append((real / _float32(how.scale)).round() + zero_point(how))
+            parts.append((_dequantize(name, integers, quantized) / _float32(how.scale)).round() + zero_point(how))
     return torch.cat(parts, int(node.attributes["axis"]))
+
+
+def _mul(node: Node, integers: Mapping[str, Tensor], quantized: QuantizedGraph, how: TensorRange | None) -> Tensor:
+    """QLinearMul: the integer product times ``scale_a * scale_b / scale_c``, one float32 operation after the other."""
+    assert how is not None
+    (scale_a, zero_a), (scale_b, zero_b) = (grid(quantized, name) for name in node.inputs)
+    product = (integers[node.inputs[0]] - zero_a) * (integers[node.inputs[1]] - zero_b)
+    ratio = np.float32(scale_a * scale_b) / np.float32(how.scale)
+    return (product.float() * float(ratio) + zero_point(how)).round()
+
+
+def _by_value(node: Node, integers: Mapping[str, Tensor], quantized: QuantizedGraph, how: TensorRange | None) -> Tensor:
+    """Integer kernels that are defined by their float result: QLinearSigmoid (a table) and QLinearAveragePool."""
+    assert how is not None
+    result = apply(node, [_dequantize(node.inputs[0], integers, quantized)])
+    return (result / _float32(how.scale)).round() + zero_point(how)
 
 
 def _same(node: Node, integers: Mapping[str, Tensor], quantized: QuantizedGraph, how: TensorRange | None) -> Tensor:
@@ -185,4 +220,8 @@ KERNELS: dict[str, Callable[[Node, Mapping[str, Tensor], QuantizedGraph, TensorR
     "Flatten": _same,
     "Reshape": _same,
     "Transpose": _same,
+    "Slice": _same,
+    "Mul": _mul,
+    "Sigmoid": _by_value,
+    "AveragePool": _by_value,
 }

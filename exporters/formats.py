@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from numpy.typing import NDArray
 
 from edgecompress.errors import GoalMissedError, UnknownNameError, UsageError
 from edgecompress.exporters import verify
-from edgecompress.exporters.onnx_writing import IR_VERSIONS, metadata_of
+from edgecompress.exporters.interface import PLAIN, Interface, adapt, on_pixel_grid, signature
+from edgecompress.exporters.memory import planned_activation_bytes
+from edgecompress.exporters.onnx_writing import (
+    BASE_OPSET,
+    FOUR_BITS_OPSET,
+    IR_VERSIONS,
+    metadata_of,
+    oldest_onnxruntime,
+)
+from edgecompress.exporters.runners import OnnxRuntimeRunner, run_all
 from edgecompress.exporters.to_onnx import float_model
+from edgecompress.exporters.to_onnxruntime import integer_model
 from edgecompress.files import read_json, sha256, write_bytes, write_text, written_whole
 from edgecompress.graph import Graph
 from edgecompress.quantize import QuantizedGraph
 from edgecompress.spec import Artifact, CompressionPolicy, Network, Preprocessing, Target
+from edgecompress.tasks import CLASSIFICATION, Task
 
 
 @dataclass(frozen=True)
 class ExportSource:
     """A compressed network and what a deployer must know of it. ``quantized`` is None where the target runs no integers.
 
-    ``images`` are normalised ``float32 [N, C, H, W]``: what the checks run on. ``class_scores``: axis 1 of the outputs are
-    scores of classes.
+    ``images`` are normalised ``float32 [N, C, H, W]``: what the checks run on. ``labels`` are theirs, as ``task`` reads them.
     """
 
     graph: Graph
@@ -38,12 +53,27 @@ class ExportSource:
     preprocessing: Preprocessing
     classes: tuple[str, ...]
     images: NDArray[np.float32]
-    class_scores: bool = True
+    labels: NDArray[Any] | None = None
+    task: Task = CLASSIFICATION
+    interface: Interface = PLAIN
+    table: str = ""
 
     @property
     def metadata(self) -> dict[str, str]:
         """What is written into every file; everything else is in ``export.json``."""
         return metadata_of(self.preprocessing, self.classes)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a deployer must know beyond the preprocessing."""
+        return {
+            "version": version("edgecompress"),
+            "target": self.target.name,
+            "policy": sha256(self.policy.model_dump_json().encode()),
+            "labels": ",".join(self.classes),
+            "table": self.table,
+            **{name: str(value) for name, value in vars(self.interface).items() if value is not None},
+        }
 
 
 @dataclass(frozen=True)
@@ -58,50 +88,77 @@ class Exporter:
 
 
 def _write_onnx(source: ExportSource) -> onnx.ModelProto:
-    opset = min(17, source.target.max_opset)
-    return float_model(source.graph, opset=opset, metadata=source.metadata)
+    opset = source.interface.opset(min(BASE_OPSET, source.target.max_opset))
+    batch = source.interface.batch_or(None)
+    return float_model(source.graph, opset=opset, batch=batch, metadata=source.metadata | source.facts)
 
 
 def _check_onnx(source: ExportSource, data: bytes) -> verify.Checks:
     shapes = verify.check_shapes(source.graph, source.network, source.policy)
-    return verify.merged(shapes, verify.check_float(data, source.graph, source.images))
+    memory = planned_activation_bytes(source.graph)
+    return verify.merged(
+        shapes,
+        verify.check_float(data, source.graph, source.images),
+        verify.check_memory(memory, len(data), source.target.memory_mb),
+    )
 
 
 def _write_ort(source: ExportSource) -> onnx.ModelProto:
-    from edgecompress.exporters.to_onnxruntime import integer_model
-
     # A TensorRT target says nothing of ONNX Runtime's opset; its integer file is for the host and for ORT on the device.
     max_opset = source.target.max_opset if source.target.exporter == "onnxruntime" else max(IR_VERSIONS)
-    return integer_model(_integers(source), metadata=source.metadata, max_opset=max_opset)
+    return integer_model(
+        _integers(source),
+        metadata=source.metadata,
+        max_opset=source.interface.opset(max_opset),
+        batch=source.interface.batch_or(None),
+    )
 
 
 def _check_ort(source: ExportSource, data: bytes) -> verify.Checks:
-    return verify.check_ort(data, _integers(source), source.images, class_scores=source.class_scores)
+    quantized = _integers(source)
+    memory = planned_activation_bytes(source.graph, quantized.tensors)
+    unpacked = sum(weight.values.size for weight in quantized.weights.values())
+    return verify.merged(
+        verify.check_ort(data, quantized, source.images, class_scores=source.task.class_scores),
+        verify.check_size(data, quantized),
+        verify.check_memory(memory, max(unpacked, len(data)), source.target.memory_mb),
+    )
+
+
+def _write_openvino(source: ExportSource) -> onnx.ModelProto:
+    """The ``ort`` dialect without 2-bit storage, which OpenVINO's reader does not know."""
+    limit = source.interface.opset(FOUR_BITS_OPSET)
+    return integer_model(
+        _integers(source), metadata=source.metadata, max_opset=limit, batch=source.interface.batch_or(None)
+    )
+
+
+def _check_openvino(source: ExportSource, data: bytes) -> verify.Checks:
+    return verify.check_openvino(data, _integers(source), source.images, class_scores=source.task.class_scores)
 
 
 def _write_trt(source: ExportSource) -> onnx.ModelProto:
-    from edgecompress.exporters.to_tensorrt import integer_model
+    from edgecompress.exporters import to_tensorrt
 
-    opset = min(17, source.target.max_opset) if source.target.exporter == "tensorrt" else 17
+    limit = source.target.max_opset if source.target.exporter == "tensorrt" else BASE_OPSET
+    opset, batch = source.interface.opset(min(BASE_OPSET, limit)), source.interface.batch_or(1)
     if source.quantized is None:
-        return float_model(source.graph, opset=opset, batch=1, metadata=source.metadata)
-    return integer_model(source.quantized, opset=opset, metadata=source.metadata)
+        return float_model(source.graph, opset=opset, batch=batch, metadata=source.metadata)
+    return to_tensorrt.integer_model(source.quantized, opset=opset, batch=batch, metadata=source.metadata)
 
 
 def _check_trt(source: ExportSource, data: bytes) -> verify.Checks:
     if source.quantized is None:
-        return verify.check_float(data, source.graph, source.images[:1])
-    return verify.check_trt(data, source.quantized, source.images, class_scores=source.class_scores)
+        return verify.check_float(data, source.graph, source.images)
+    return verify.check_trt(data, source.quantized, source.images, class_scores=source.task.class_scores)
 
 
 def _files_for_the_device(source: ExportSource, folder: Path) -> None:
     """The build script and a few inputs with the outputs that the engine must give."""
-    from edgecompress.exporters.runners import OnnxRuntimeRunner
-
     shutil.copyfile(Path(__file__).with_name("build_on_device.py"), folder / "build_on_device.py")
     runner = OnnxRuntimeRunner(folder / "model.onnx", optimise=False)
-    images = source.images[:16]
-    outputs = np.concatenate([runner.run(image[None]) for image in images])
+    images = source.interface.images(source.images[:16], source.preprocessing)
+    outputs = run_all(runner, images)
     with written_whole(folder / "reference.npz") as temporary, temporary.open("wb") as file:
         np.savez(file, inputs=images, outputs=outputs)
 
@@ -109,6 +166,7 @@ def _files_for_the_device(source: ExportSource, folder: Path) -> None:
 EXPORTERS: dict[str, Exporter] = {
     "onnx": Exporter("float", "model.onnx", _write_onnx, _check_onnx),
     "onnxruntime": Exporter("ort", "model.int8.onnx", _write_ort, _check_ort),
+    "openvino": Exporter("ort", "model.openvino.onnx", _write_openvino, _check_openvino),
     "tensorrt": Exporter("trt", "tensorrt/model.onnx", _write_trt, _check_trt, _files_for_the_device),
 }
 
@@ -131,10 +189,26 @@ def export(source: ExportSource, format_name: str, folder: Path, *, check: bool 
     """
     if format_name not in EXPORTERS:
         raise UnknownNameError("format", format_name, EXPORTERS)
-    exporter = EXPORTERS[format_name]
+    exporter, interface = EXPORTERS[format_name], source.interface
+    check_place(folder / exporter.file_name)
+    if interface.head != "scores" and not source.task.class_scores:
+        raise UsageError(
+            f"The outputs of the task '{source.task.name}' are no scores of classes, so that no {interface.head} can follow. "
+            "Leave --head out."
+        )
     model = exporter.write(source)
+    plain = model.SerializeToString()
+    checks = exporter.check(source, plain) if check else verify.Checks({"verified": False})
+    model = adapt(model, interface, source.preprocessing)
     data = model.SerializeToString()
-    checks = exporter.check(source, data) if check else verify.Checks({"verified": False})
+    if check and data != plain:
+        onnx.checker.check_model(data, full_check=True)
+        same = _same_answers(source, data, plain)
+        checks.require(
+            same >= 0.99, "interface_agreement", same, f"with {interface} {1 - same:.1%} of its answers change"
+        )
+    if check and source.labels is not None and checks.outputs is not None:
+        checks.values |= _score(source.task, checks.outputs, source.labels)
     if checks.failures:
         raise GoalMissedError(
             f"The {format_name} export failed its proof: {'; '.join(checks.failures)}. Nothing was written; report it with the run folder."
@@ -154,6 +228,8 @@ def export(source: ExportSource, format_name: str, folder: Path, *, check: bool 
         outputs=_signature(model.graph.output),
         opset=model.opset_import[0].version,
         ir_version=model.ir_version,
+        oldest_runtime=_oldest(exporter, source, model),
+        facts=source.facts,
         preprocessing=source.preprocessing,
         checks=checks.values,
     )
@@ -161,11 +237,46 @@ def export(source: ExportSource, format_name: str, folder: Path, *, check: bool 
     return artifact
 
 
+def _same_answers(source: ExportSource, model: bytes, plain: bytes) -> float:
+    """Share of images for which ``model`` answers what ``plain`` answers for the same pixels."""
+    interface, how = source.interface, source.preprocessing
+    images = on_pixel_grid(source.images, how) if interface.takes_pixels else source.images
+    outer, inner = OnnxRuntimeRunner(model, optimise=False), OnnxRuntimeRunner(plain, optimise=False)
+    wanted, found = run_all(inner, images), run_all(outer, interface.images(images, how))
+    if interface.head == "argmax":
+        return float((found == wanted.argmax(1)).mean())
+    return verify.agreement(found, wanted, class_scores=source.task.class_scores)
+
+
+def _score(task: Task, outputs: NDArray[np.float32], labels: NDArray[Any]) -> dict[str, verify.Value]:
+    """The task's own score on the images that were checked; empty where so few images have none."""
+    score = float(task.score([task.measure(torch.from_numpy(outputs), torch.from_numpy(labels))]))
+    return {task.score_name: score, "scored_images": len(labels)} if math.isfinite(score) else {}
+
+
+def _oldest(exporter: Exporter, source: ExportSource, model: onnx.ModelProto) -> str:
+    """The oldest runtime that is known to load the file: tried for ONNX Runtime, the target's own for TensorRT."""
+    if exporter.dialect == "trt":
+        known = source.target.exporter == "tensorrt"
+        return f"TensorRT {source.target.runtime_version if known else '8.5'}"
+    return f"ONNX Runtime {oldest_onnxruntime(model)}"
+
+
+def check_place(path: Path) -> None:
+    """Refuse a path that cannot become a file, before any work is done for it.
+
+    Raises:
+        UsageError: it is a folder, or its folder cannot be made or written.
+    """
+    if path.is_dir():
+        raise UsageError(f"Cannot write {path}: it is a folder. Name a file.")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"Cannot write {path}: {folder} is no folder that you may write to. Name another place.")
+
+
 def _signature(values: object) -> dict[str, list[int | str]]:
-    return {
-        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in values  # type: ignore[attr-defined]
-    }
+    return {value.name: signature(value) for value in values}  # type: ignore[attr-defined]
 
 
 def _record(folder: Path, format_name: str, artifact: Artifact) -> None:

@@ -15,6 +15,18 @@ from edgecompress.spec import Preprocessing
 # The IR version that belongs to an opset (onnx's Versioning.md); an older runtime refuses a newer IR.
 IR_VERSIONS = {15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 BASE_OPSET = 17
+FOUR_BITS_OPSET = 21
+# Oldest ONNX Runtime that loads and runs a file of this opset, tried with the wheels from 1.16.3 on (older: not tried).
+_OLDEST_ONNXRUNTIME = {15: "1.16", 20: "1.17", 21: "1.18", 22: "1.21", 23: "1.23", 24: "1.24"}
+_FOUR_BIT_CAST = "1.23"  # older ones have no kernel for the Cast of 4-bit weights
+
+
+def oldest_onnxruntime(model: onnx.ModelProto) -> str:
+    """The oldest ONNX Runtime that was seen to run files like ``model``."""
+    opset = model.opset_import[0].version
+    oldest = next(version for start, version in reversed(_OLDEST_ONNXRUNTIME.items()) if opset >= start)
+    packed = any(found.data_type in (TensorProto.INT4, TensorProto.UINT4) for found in model.graph.initializer)
+    return max(oldest, _FOUR_BIT_CAST) if packed else oldest
 
 
 class Names:

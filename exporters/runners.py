@@ -9,16 +9,26 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecompress.errors import BadFileError
+from edgecompress.errors import BadFileError, MissingBackendError
 
 Floats = NDArray[np.float32]
+Images = NDArray[Any]  # float32, or uint8 where a file takes that
+_TYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(uint8)": np.dtype(np.uint8)}
 
 
 class Runner(Protocol):
-    """An artifact loaded into its runtime."""
+    """An artifact loaded into its runtime.
 
-    def run(self, images: Floats) -> Floats:
-        """Outputs ``[N, classes]`` for normalised images ``[N, C, H, W]``."""
+    ``shape`` is that of one image as the file takes it, ``batch`` its fixed batch size or 0, ``dtype`` its input's type.
+    """
+
+    shape: tuple[int, ...]
+    batch: int
+    dtype: np.dtype[Any]
+    runtime: str
+
+    def run(self, images: Images) -> Floats:
+        """Outputs ``[N, classes]`` (``[N]`` class numbers behind an argmax) for images as the file takes them."""
         ...
 
 
@@ -59,12 +69,62 @@ class OnnxRuntimeRunner:
             raise BadFileError(
                 f"ONNX Runtime {onnxruntime.__version__} refuses {what}: {_first_line(error)}"
             ) from error
-        self.input_name: str = self.session.get_inputs()[0].name
+        entry = self.session.get_inputs()[0]
+        self.input_name: str = entry.name
+        self.runtime = f"ONNX Runtime {onnxruntime.__version__}"
+        self.shape = tuple(size if isinstance(size, int) else 0 for size in entry.shape[1:])
+        self.batch = entry.shape[0] if entry.shape and isinstance(entry.shape[0], int) else 0
+        if entry.type not in _TYPES or len(self.session.get_inputs()) != 1:
+            raise BadFileError(
+                f"The file takes {len(self.session.get_inputs())} inputs, the first of {entry.type}; expected one of float or uint8 images."
+            )
+        self.dtype: np.dtype[Any] = _TYPES[entry.type]
+        self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
 
-    def run(self, images: Floats) -> Floats:
+    def run(self, images: Images) -> Floats:
         """Outputs for a batch."""
         result: Floats = self.session.run(None, {self.input_name: images})[0]
         return result
+
+
+class OpenVinoRunner:
+    """A model compiled by OpenVINO for the CPU; it reads the ``ort`` dialect and its own ``.xml``.
+
+    Raises:
+        MissingBackendError: OpenVINO is not installed. BadFileError: it refuses the file.
+    """
+
+    def __init__(self, model: Path | bytes, *, threads: int = 1) -> None:
+        try:
+            import openvino
+        except ImportError as error:
+            raise MissingBackendError("OpenVINO is not installed. Run: pip install 'edgecompress[openvino]'") from error
+        core = openvino.Core()
+        hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+        try:
+            read = core.read_model(model if isinstance(model, bytes) else str(model))
+            self._compiled: Any = core.compile_model(read, "CPU", hints)
+        except Exception as error:
+            what = model if isinstance(model, Path) else "the model"
+            raise BadFileError(f"OpenVINO {openvino.__version__} refuses {what}: {_first_line(error)}") from error
+        entry = self._compiled.inputs[0]
+        sizes = [dim.get_length() if dim.is_static else 0 for dim in entry.partial_shape]
+        self.shape, self.batch = tuple(sizes[1:]), sizes[0]
+        self.dtype: np.dtype[Any] = np.dtype(entry.element_type.to_dtype())
+        self.runtime = f"OpenVINO {openvino.__version__.split('-')[0]}"
+
+    def run(self, images: Images) -> Floats:
+        """Outputs for a batch."""
+        result: Floats = self._compiled([images])[0]
+        return result
+
+    def integer_layers(self) -> int:
+        """Convolutions and matrix products that OpenVINO executes on 8-bit integers."""
+        found = (operation.get_rt_info() for operation in self._compiled.get_runtime_model().get_ops())
+        kinds = [
+            (str(info["layerType"].value), str(info["runtimePrecision"].value)) for info in found if "layerType" in info
+        ]
+        return sum(kind in ("Convolution", "FullyConnected", "MatMul") and how in ("u8", "i8") for kind, how in kinds)
 
 
 def _first_line(error: Exception) -> str:
@@ -72,16 +132,28 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def run_all(runner: Runner, images: Images, *, batch: int = 256) -> Floats:
+    """Outputs for any number of images; a file of a fixed batch size gets its last batch filled up with the last image."""
+    size = runner.batch or batch
+    parts = []
+    for start in range(0, len(images), size):
+        part = images[start : start + size]
+        missing = size - len(part) if runner.batch else 0
+        filled = np.concatenate([part, np.repeat(part[-1:], missing, 0)]) if missing else part
+        parts.append(runner.run(filled)[: len(part)])
+    return np.concatenate(parts)
+
+
 def measure_latency_us(
-    runner: Runner, image: Floats, *, seconds: float = 1.5, warmup_s: float = 0.3
+    runner: Runner, image: Images, *, seconds: float = 1.5, warmup_s: float = 0.3
 ) -> dict[str, float]:
-    """Time single images back to back: warm-up by time, then runs for ``seconds``.
+    """Time one batch after the other: warm-up by time, then runs for ``seconds``.
 
     Args:
-        image: ``[1, C, H, W]``.
+        image: a batch as the file takes it, ``[1, C, H, W]`` where latency is meant.
 
     Returns:
-        ``median_us``, ``p10_us``, ``p90_us`` and ``runs``.
+        ``median_us``, ``p10_us``, ``p90_us``, ``p99_us`` of a batch, and ``runs``.
     """
     end = time.perf_counter() + warmup_s
     while time.perf_counter() < end:
@@ -92,5 +164,5 @@ def measure_latency_us(
         start = time.perf_counter()
         runner.run(image)
         times.append((time.perf_counter() - start) * 1e6)
-    p10, median, p90 = np.percentile(times, (10, 50, 90))
-    return {"median_us": float(median), "p10_us": float(p10), "p90_us": float(p90), "runs": float(len(times))}
+    p10, median, p90, p99 = (float(value) for value in np.percentile(times, (10, 50, 90, 99)))
+    return {"median_us": median, "p10_us": p10, "p90_us": p90, "p99_us": p99, "runs": float(len(times))}

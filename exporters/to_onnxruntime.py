@@ -15,7 +15,14 @@ from onnx import TensorProto
 from edgecompress.exporters.onnx_writing import BASE_OPSET, Names, attributes_of, model_around, node, tensor
 from edgecompress.exporters.packing import store
 from edgecompress.graph import Graph, Node
-from edgecompress.quantize import QuantizedGraph, TensorRange, find_points, is_fused_activation
+from edgecompress.quantize import (
+    QuantizedGraph,
+    TensorRange,
+    find_points,
+    gate_reach,
+    is_fused_activation,
+    steps_to,
+)
 
 
 def int32_bias(bias: np.ndarray, scale_x: float, scale_w: np.ndarray) -> np.ndarray:
@@ -27,6 +34,30 @@ def int32_bias(bias: np.ndarray, scale_x: float, scale_w: np.ndarray) -> np.ndar
 def zero_point(how: TensorRange) -> int:
     """Zero point of the u8 container."""
     return 128 if how.signed else 0
+
+
+def gate_of(quantized: QuantizedGraph, value: str) -> Node | None:
+    """The HardSigmoid that yields ``value`` as a clip of its input's integers, if it is one."""
+    node = quantized.graph.producer(value)
+    if node is None or node.op != "HardSigmoid" or value in quantized.tensors:
+        return None
+    return node if node.inputs[0] in quantized.tensors else None
+
+
+def gate_steps(quantized: QuantizedGraph, gate: Node) -> int:
+    """Steps of the input's grid between a gate's middle and either end."""
+    return steps_to(gate_reach(gate), quantized.tensors[gate.inputs[0]].scale)
+
+
+def grid(quantized: QuantizedGraph, value: str) -> tuple[np.float32, int]:
+    """Scale and zero point of the u8 tensor that holds ``value``."""
+    how = quantized.tensors.get(value)
+    if how is not None:
+        return np.float32(how.scale), zero_point(how)
+    gate = gate_of(quantized, value)
+    assert gate is not None
+    steps = gate_steps(quantized, gate)
+    return np.float32(1 / (2 * steps)), 128 - steps
 
 
 def integer_model(
@@ -59,8 +90,9 @@ class _Writer:
         given = (*self.graph.inputs, *(name for name in self.graph.outputs if name not in quantized.tensors))
         self.float_names: dict[str, str] = {name: name for name in given}
         self.read_names: dict[str, str] = {}
+        self.integers: dict[str, tuple[str, str, str]] = {}  # names of u8 tensor, scale and zero point
         self.shared: dict[tuple[str, float], str] = {}
-        self.opset = BASE_OPSET
+        self.opset = min(BASE_OPSET, max_opset)
         self.owner = find_points(self.graph).owner
 
     def write(self, batch: int | None, metadata: Mapping[str, str] | None) -> onnx.ModelProto:
@@ -78,12 +110,17 @@ class _Writer:
             self._emit(source, result)
             if result in self.quantized.tensors:
                 self._quantize(result)
+        for name in self.graph.outputs:
+            self._read(name)  # an output that is quantised leaves its grid
         return model_around(self.graph, self.nodes, self.initializers, opset=self.opset, batch=batch, metadata=metadata)
 
     def _emit(self, source: Node, result: str) -> None:
         """Write one operator whose float result is called ``result`` in the graph."""
         output = self.float_names.setdefault(result, self.names.new())
         weight = self.quantized.weights.get(source.name) if source.op in ("Conv", "Gemm") else None
+        if gate_of(self.quantized, source.outputs[0]) is not None:
+            self._gate(source)
+            return
         if weight is None:
             inputs = [self._read(name) for name in source.inputs]
             name = source.name if source.op in ("Conv", "Gemm") else ""
@@ -115,27 +152,38 @@ class _Writer:
         return [self._constant(np.zeros(len(integers), integers.dtype))] if source.op == "Gemm" else []
 
     def _quantize(self, value: str) -> None:
-        """Q, a Clip below 8 bits, DQ: consumers of ``value`` then read the DQ."""
+        """Q and a Clip below 8 bits; the DQ follows where ``value`` is first read."""
         how = self.quantized.tensors.get(value)
         if how is None:
             return
         source = self.float_names.setdefault(value, self.names.new())
         scale, zero = self._scalar("scale", how.scale), self._scalar("zero", zero_point(how))
-        integers, output = self.names.new(), value if value in self.graph.outputs else self.names.new()
+        integers = self.names.new()
         self.nodes.append(node("QuantizeLinear", [source, scale, zero], [integers]))
         if how.bits < 8 and self.owner.get(value, value) == value:  # a pooled value was clipped before
             low, high = (limit + zero_point(how) for limit in how.limits)
             clipped = self.names.new()
             self.nodes.append(node("Clip", [integers, self._scalar("u8", low), self._scalar("u8", high)], [clipped]))
             integers = clipped
-        self.nodes.append(node("DequantizeLinear", [integers, scale, zero], [output]))
-        self.read_names[value] = output
+        self.integers[value] = (integers, scale, zero)
+
+    def _gate(self, source: Node) -> None:
+        """HardSigmoid as an integer Clip of its input, read at its own scale and zero point."""
+        value = source.outputs[0]
+        steps, (scale, zero) = gate_steps(self.quantized, source), grid(self.quantized, value)
+        clipped = self.names.new()
+        ends = [self._scalar("u8", 128 - steps), self._scalar("u8", 128 + steps)]
+        self.nodes.append(node("Clip", [self.integers[source.inputs[0]][0], *ends], [clipped]))
+        self.integers[value] = (clipped, self._scalar("scale", float(scale)), self._scalar("zero", zero))
 
     def _read(self, name: str) -> str:
         if name in self.graph.constants:
             if name not in self.read_names:
                 self.read_names[name] = self._constant(self.graph.constants[name])
             return self.read_names[name]
+        if name in self.integers and name not in self.read_names:
+            self.read_names[name] = name if name in self.graph.outputs else self.names.new()
+            self.nodes.append(node("DequantizeLinear", self.integers[name], [self.read_names[name]]))
         return self.read_names.get(name) or self.float_names.get(name, name)
 
     def _constant(self, values: np.ndarray) -> str:

@@ -15,8 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from edgecompress.cost import kernels
-from edgecompress.exporters.emulate import emulate, float_islands
-from edgecompress.exporters.runners import OnnxRuntimeRunner
+from edgecompress.exporters import simulate_tensorrt
+from edgecompress.exporters.emulate import emulate, float_islands, runs_in_integers
+from edgecompress.exporters.onnx_writing import Names
+from edgecompress.exporters.packing import store
+from edgecompress.exporters.runners import OnnxRuntimeRunner, OpenVinoRunner, run_all
+from edgecompress.exporters.sizes import CHANNEL_BYTES
 from edgecompress.graph import Graph
 from edgecompress.interpret import float_constants, run
 from edgecompress.quantize import QuantizedGraph, simulate
@@ -24,6 +28,10 @@ from edgecompress.spec import CompressionPolicy, Network
 
 Images = NDArray[np.float32]
 Value = str | float | int | bool
+KERNEL_NAMES = {
+    "Conv": "QLinearConv", "Gemm": "QGemm", "Add": "QLinearAdd", "Mul": "QLinearMul", "Concat": "QLinearConcat",
+    "AveragePool": "QLinearAveragePool", "GlobalAveragePool": "QLinearGlobalAveragePool", "Sigmoid": "QLinearSigmoid",
+}  # fmt: skip
 FLOAT_OPS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "NhwcFusedConv")
 
 
@@ -33,6 +41,7 @@ class Checks:
 
     values: dict[str, Value] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    outputs: NDArray[np.float32] | None = None  # of the file, for the images that it was checked on
 
     def require(self, holds: bool, name: str, value: Value, otherwise: str) -> None:
         """Record ``value``; a check that does not hold is a failure."""
@@ -58,6 +67,11 @@ def agreement(first: NDArray[np.float32], second: NDArray[np.float32], *, class_
     return float((error <= 0.1 * np.linalg.norm(flat, axis=1)).mean())
 
 
+def relative_error(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
+    """L2 norm of the difference over that of ``wanted``."""
+    return float(np.linalg.norm(found - wanted) / max(float(np.linalg.norm(wanted)), 1e-9))
+
+
 def optimised_operators(model: bytes) -> Counter[str]:
     """Operators of the graph that ONNX Runtime really runs (before layout transformation)."""
     with tempfile.TemporaryDirectory() as folder:
@@ -70,9 +84,10 @@ def check_float(model: bytes, graph: Graph, images: Images) -> Checks:
     """The float file against our own evaluation of the graph in torch."""
     checks = Checks()
     onnx.checker.check_model(model, full_check=True)
-    found = OnnxRuntimeRunner(model).run(images)
+    found = run_all(OnnxRuntimeRunner(model), images)
     with torch.no_grad():
         wanted = run(graph, torch.from_numpy(images), float_constants(graph)).numpy()
+    checks.outputs = found
     error = float(np.abs(found - wanted).max() / max(np.abs(wanted).max(), 1e-9))
     checks.require(
         error < 1e-3, "relative_error", error, f"the file's outputs differ by {error:.2%} from the network's"
@@ -102,6 +117,22 @@ def check_shapes(graph: Graph, network: Network, policy: CompressionPolicy) -> C
     return checks
 
 
+def fusion_report(quantized: QuantizedGraph, operators: Mapping[str, int]) -> tuple[str, str]:
+    """Integer kernels that the optimised graph should have and has, and those that it lacks (empty: none).
+
+    Args:
+        operators: of the optimised graph, counted.
+    """
+    expected = Counter(
+        KERNEL_NAMES[node.op]
+        for node in quantized.graph.nodes
+        if node.op in KERNEL_NAMES and runs_in_integers(quantized, node)
+    )
+    found = {name: f"{name} {operators.get(name, 0)} of {count}" for name, count in sorted(expected.items())}
+    short = [text for name, text in found.items() if operators.get(name, 0) < expected[name]]
+    return ", ".join(found.values()), ", ".join(short)
+
+
 def check_ort(model: bytes, quantized: QuantizedGraph, images: Images, *, class_scores: bool = True) -> Checks:
     """Fusion in ONNX Runtime and equality with the integer emulator."""
     checks = Checks()
@@ -118,10 +149,13 @@ def check_ort(model: bytes, quantized: QuantizedGraph, images: Images, *, class_
     checks.values["integer_layers"] = integer
     islands = float_islands(quantized)
     checks.values["float_islands"] = ", ".join(islands) or "none"
-    found = OnnxRuntimeRunner(model).run(images)
+    report, short = fusion_report(quantized, operators)
+    checks.require(not short, "integer_kernels", report, f"ONNX Runtime runs operators in float silently: {short}")
+    found = run_all(OnnxRuntimeRunner(model), images)
     with torch.no_grad():
         x = torch.from_numpy(images)
         exact, floating = emulate(quantized, x).numpy(), simulate(quantized, x).numpy()
+    checks.outputs = found
     difference = float(np.abs(found - exact).max())
     same = agreement(found, exact, class_scores=class_scores)
     holds = difference == 0.0 if has_vnni() and not islands else same >= 0.995
@@ -130,6 +164,54 @@ def check_ort(model: bytes, quantized: QuantizedGraph, images: Images, *, class_
     )
     checks.values["emulator_agreement"] = same
     checks.values["simulator_agreement"] = agreement(found, floating, class_scores=class_scores)
+    return checks
+
+
+def check_size(model: bytes, quantized: QuantizedGraph) -> Checks:
+    """Where the bytes are: weights against weights x bits / 8, everything else per node. Facts, nothing is refused."""
+    proto = onnx.load_from_string(model)
+    opset, nodes = proto.opset_import[0].version, len(proto.graph.node)
+    stored = [store(w.values, w.bits, Names(), max_opset=opset) for w in quantized.weights.values()]
+    packed = sum(len(found.raw_data) for layer in stored for found in layer.initializers)
+    exact = sum(weight.values.size * weight.bits / 8 for weight in quantized.weights.values())
+    channels = sum(CHANNEL_BYTES * len(weight.scale) for weight in quantized.weights.values())
+    return Checks(
+        {
+            "weight_bytes": packed,
+            "weight_bytes_exact": round(exact),
+            "channel_bytes": channels,
+            "other_bytes_per_node": round((len(model) - packed - channels) / nodes, 1),
+        }
+    )
+
+
+def check_memory(activations: int, weights: int, limit_mb: int) -> Checks:
+    """Planned memory against the target's. ``activations`` and ``weights`` are bytes."""
+    checks = Checks({"weight_memory_bytes": weights})
+    needed = (activations + weights) / 2**20
+    checks.require(
+        needed <= limit_mb, "activation_peak_bytes", activations,
+        f"running it is planned to take {needed:.0f} MiB, the target has {limit_mb}",
+    )  # fmt: skip
+    return checks
+
+
+def check_openvino(model: bytes, quantized: QuantizedGraph, images: Images, *, class_scores: bool = True) -> Checks:
+    """The file is right (`check_ort`), and OpenVINO runs its layers in 8 bits and answers as the emulator does."""
+    checks = check_ort(model, quantized, images, class_scores=class_scores)
+    runner = OpenVinoRunner(model)
+    found = checks.outputs = run_all(runner, images)
+    with torch.no_grad():
+        wanted = emulate(quantized, torch.from_numpy(images)).numpy()
+    integer = runner.integer_layers()
+    checks.values["openvino"] = runner.runtime
+    checks.require(
+        integer >= len(quantized.weights), "openvino_integer_layers", integer,
+        f"OpenVINO runs {integer} of {len(quantized.weights)} quantised layers in 8 bits",
+    )  # fmt: skip
+    same = agreement(found, wanted, class_scores=class_scores)
+    checks.require(same >= 0.9, "openvino_agreement", same, f"only {same:.1%} of OpenVINO's answers are the emulator's")
+    checks.values["openvino_error"] = relative_error(found, wanted)
     return checks
 
 
@@ -147,17 +229,25 @@ def check_trt(model: bytes, quantized: QuantizedGraph, images: Images, *, class_
         f"the file breaks the dialect: {'; '.join(broken[:1])}",
     )
     runner = OnnxRuntimeRunner(model, optimise=False)
-    found = np.concatenate([runner.run(image[None]) for image in images])
+    found = run_all(runner, images)
+    checks.outputs = found
     with torch.no_grad():
-        wanted = simulate(quantized, torch.from_numpy(images)).numpy()
-    same = agreement(found, wanted, class_scores=class_scores)
-    error = float(np.linalg.norm(found - wanted) / max(float(np.linalg.norm(wanted)), 1e-9))
-    # s8 behind a ReLU has half the resolution of the simulator's u8: some error is the dialect's, much is a defect.
-    checks.require(error < 0.25, "simulator_error", error, f"its outputs differ by {error:.0%} from the simulator's")
+        x = torch.from_numpy(images)
+        wanted, simulated = simulate_tensorrt.simulate(quantized, x).numpy(), simulate(quantized, x).numpy()
+    error, same = relative_error(found, wanted), agreement(found, wanted, class_scores=class_scores)
+    # Sums in another order flip single roundings, which a network may amplify: a little is that, much is a defect.
     checks.require(
-        same >= 0.9 or not class_scores, "simulator_agreement", same,
-        f"only {same:.1%} of its top-1 classes agree with the simulator",
+        error < 0.1, "dialect_error", error, f"its outputs differ by {error:.0%} from what it should compute"
+    )
+    checks.require(
+        same >= 0.9 or not class_scores, "dialect_agreement", same,
+        f"only {same:.1%} of its top-1 classes are those it should compute",
     )  # fmt: skip
+    # s8 behind a ReLU has half the resolution of the search's u8.
+    checks.values |= {
+        "simulator_error": relative_error(found, simulated),
+        "simulator_agreement": agreement(found, simulated, class_scores=class_scores),
+    }
     builds = check_builds(model)
     checks.values |= {
         f"tensorrt_rtx_{key.removeprefix('tensorrt_rtx')}".rstrip("_"): value for key, value in builds.items()
@@ -173,7 +263,8 @@ def merged(*parts: Checks) -> Checks:
     values: dict[str, Value] = {}
     for part in parts:
         values |= part.values
-    return Checks(values, [failure for part in parts for failure in part.failures])
+    outputs = next((part.outputs for part in parts if part.outputs is not None), None)
+    return Checks(values, [failure for part in parts for failure in part.failures], outputs)
 
 
 def one_line(values: Mapping[str, Value]) -> str:

@@ -109,6 +109,63 @@ class Flat(nn.Module):
         return result
 
 
+class Gated(nn.Module):
+    """HardSwish, SiLU and two squeeze-and-excite gates (MobileNet-V3, EfficientNet)."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem, self.deep = conv_bn(3, 8, stride=2), conv_bn(8, 16)
+        self.squeeze, self.excite = nn.Conv2d(16, 8, 1), nn.Conv2d(8, 16, 1)
+        self.after, self.gate = conv_bn(16, 16, kernel=1), nn.Conv2d(16, 16, 1)
+        self.fc = nn.Linear(16, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.hardswish(self.deep(F.hardswish(self.stem(x))))
+        scale = F.adaptive_avg_pool2d(x, 1)
+        x = x * F.hardsigmoid(self.excite(F.relu(self.squeeze(scale))))
+        x = F.silu(self.after(x))
+        x = x * torch.sigmoid(self.gate(F.adaptive_avg_pool2d(x, 1)))
+        result: Tensor = self.fc(x.mean((2, 3)))
+        return result
+
+
+class Shuffled(nn.Module):
+    """A channel split and a channel shuffle whose sizes are computed from the tensor (ShuffleNet-V2)."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem, self.branch = conv_bn(3, 16, stride=2), conv_bn(8, 8)
+        self.fc = nn.Linear(16, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = F.relu(self.stem(x)).chunk(2, dim=1)
+        x = torch.cat([left, F.relu(self.branch(right))], 1)
+        batch, channels, height, width = x.size()
+        x = x.view(batch, 2, channels // 2, height, width).transpose(1, 2).contiguous().view(batch, -1, height, width)
+        result: Tensor = self.fc(x.mean((2, 3)))
+        return result
+
+
+class Dense(nn.Module):
+    """BatchNorms before their convolutions, growing concatenations, average pooling (DenseNet)."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 8, stride=2)
+        self.norm1, self.conv1 = nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, 1, 1, bias=False)
+        self.norm2, self.conv2 = nn.BatchNorm2d(16), nn.Conv2d(16, 8, 3, 1, 1, bias=False)
+        self.norm3, self.fc = nn.BatchNorm2d(24), nn.Linear(24, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.stem(x)), 3, 2, ceil_mode=True)
+        x = torch.cat([x, self.conv1(F.relu(self.norm1(x)))], 1)
+        x = F.avg_pool2d(torch.cat([x, self.conv2(F.relu(self.norm2(x)))], 1), 2)
+        result: Tensor = self.fc(F.relu(self.norm3(x)).mean((2, 3)))
+        return result
+
+
+# Operators beyond what pruning is tested on: for the graph, calibration and the exporters.
+OPERATOR_NETWORKS = {"gated": Gated, "shuffled": Shuffled, "dense": Dense}
 NETWORKS = {"residual": Residual, "vgg": Vgg, "mobile": Mobile, "concat": Concat, "flat": Flat}
 
 
@@ -194,9 +251,10 @@ class IntegerCase:
 
 @cache
 def integer_case(name: str) -> IntegerCase:
-    """One of `NETWORKS` at 16x16 or a network of the zoo at 32x32."""
-    size = 16 if name in NETWORKS else 32
-    model = settled(NETWORKS[name](4) if name in NETWORKS else build_model(name, 10), 5)
+    """One of `NETWORKS` or `OPERATOR_NETWORKS` at 16x16, or a network of the zoo at 32x32."""
+    own = {**NETWORKS, **OPERATOR_NETWORKS}
+    size = 16 if name in own else 32
+    model = settled(own[name](4) if name in own else build_model(name, 10), 5)
     images = torch.randn(48, 3, size, size, generator=torch.Generator().manual_seed(6))
     graph = build_graph(model, (3, size, size), name)
     return IntegerCase(model, graph, Simulator(graph, calibrate(graph, [images], samples=4000)), images)

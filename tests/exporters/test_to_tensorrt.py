@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from edgecompress.errors import UnknownNameError, UsageError
 from edgecompress.exporters.check_tensorrt import check_builds
 from edgecompress.exporters.runners import OnnxRuntimeRunner
-from edgecompress.exporters.to_tensorrt import integer_model, lint, quantized_reads, symmetric_scale
+from edgecompress.exporters.simulate_tensorrt import simulate
+from edgecompress.exporters.to_tensorrt import integer_model, lint, symmetric_scale
 from edgecompress.graph import Graph, build_graph
-from edgecompress.interpret import apply, float_constants
 from edgecompress.models import CifarVgg, build_model
-from edgecompress.quantize import QuantizedGraph, Simulator, TensorRange, calibrate, dequantize
+from edgecompress.quantize import QuantizedGraph, Simulator, TensorRange, calibrate
 from edgecompress.spec import LayerChoice
 
 IMAGES = 40
@@ -107,25 +107,6 @@ def agreement(first: np.ndarray, second: np.ndarray) -> float:
     return float((first.argmax(1) == second.argmax(1)).mean())
 
 
-def by_hand(quantized: QuantizedGraph, x: Tensor) -> Tensor:
-    """What a trt file must compute, in torch: weights on their grid, activations on a clipped s8 grid where read."""
-    graph, reads = quantized.graph, quantized_reads(quantized)
-    values = {**float_constants(graph), graph.inputs[0]: x}
-    for layer in graph.layers:
-        values[layer.inputs[1]] = dequantize(quantized.weights[layer.name])
-    for source in graph.nodes:
-        arguments: list[Tensor | None] = []
-        for position, name in enumerate(source.inputs):
-            value, how = values[name], reads.get((source.outputs[0], position))
-            if how is not None:
-                low, high = how.limits if how.bits < 8 else (-128, 127)
-                step = float(np.float32(symmetric_scale(how)))
-                value = torch.fake_quantize_per_tensor_affine(value, step, 0, low, high)
-            arguments.append(value)
-        values[source.outputs[0]] = apply(source, arguments)
-    return values[graph.outputs[0]]
-
-
 # --- the file ---------------------------------------------------------------------------------------------------------
 
 
@@ -175,7 +156,7 @@ def test_agrees_with_the_float_network_and_the_simulator(case: Case) -> None:
 def test_computes_what_the_ranges_say(resnet8: Case, bits: int, clips: int) -> None:
     """Eight values that layers read have these bits; at 7, only the signed input needs a Clip. The shortcuts keep 8."""
     quantized = resnet8.quantized(weight_bits=max(bits, 3), activation_bits=bits)
-    expected = by_hand(quantized, resnet8.images).detach().numpy()
+    expected = simulate(quantized, resnet8.images).detach().numpy()
     outputs = run_as_written(quantized, resnet8.images)
     assert relative(outputs, expected) < 0.02  # float sums in another order flip single roundings
     assert sum(n.op_type == "Clip" for n in integer_model(quantized).graph.node) == clips
@@ -262,7 +243,7 @@ def test_concat_inputs_share_one_scale() -> None:
     adds = [n for n in model.graph.node if n.op_type == "Add"]
     assert all(producer[name].op_type != "DequantizeLinear" for add in adds for name in add.input if name in producer)
     assert lint(model) == []
-    expected = by_hand(quantized, branches.images).detach().numpy()
+    expected = simulate(quantized, branches.images).detach().numpy()
     assert relative(run_as_written(quantized, branches.images), expected) < 0.02
 
 
