@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 from build_on_device import Cuda, Session
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def load(path="model.engine"):
@@ -27,9 +27,15 @@ def load(path="model.engine"):
 def prepare(image, how):
     """A photo as the network's input: ``float32 [1, C, H, W]``, ``(pixel / 255 - mean) / std`` per channel."""
     height, width = how["size"]
-    image = image.convert(how["channels"])
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.BILINEAR)
+    image = ImageOps.exif_transpose(image).convert(how["channels"])
+    wanted = (width, height)
+    if "resize" in how:  # the shorter side, before the middle is cut out
+        short, long = how["resize"], int(how["resize"] * max(image.size) / min(image.size))
+        wanted = (short, long) if image.width <= image.height else (long, short)
+    if image.size != wanted:
+        image = image.resize(wanted, Image.BICUBIC if how.get("interpolation") == "bicubic" else Image.BILINEAR)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    image = image.crop((left, top, left + width, top + height))
     pixels = np.asarray(image, np.float32).reshape(height, width, -1) / 255
     pixels = (pixels - np.float32(how["mean"])) / np.float32(how["std"])
     return pixels.transpose(2, 0, 1)[None].astype(np.float32)
