@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from edgecompress.data_sets import PUBLISHED, digits, factory_data, torchvision_data
+from edgecompress.data_sets import digits, factory_data
 from edgecompress.errors import BadDataError, UnknownNameError, UsageError
 from edgecompress.image_folders import folder_data
+from edgecompress.published_sets import PUBLISHED, torchvision_data
 from edgecompress.spec import Preprocessing
 from edgecompress.splits import Dataset as Dataset
 from edgecompress.splits import Split as Split

@@ -68,9 +68,9 @@ def emulate(quantized: QuantizedGraph, x: Tensor) -> Tensor:
             floats[value] = result
         else:
             integers[value] = _quantize(result, how)
-    result = _float(graph.outputs[0], floats, integers, quantized, constants)
-    assert result is not None
-    return result
+    answer = _float(graph.outputs[0], floats, integers, quantized, constants)
+    assert answer is not None
+    return answer
 
 
 def _activations(graph: Graph, node: Node) -> list[str]:

@@ -14,8 +14,8 @@ from PIL import Image
 from sample_networks import patterns
 
 from edgecompress.data import Split, load_data
-from edgecompress.data_sets import PUBLISHED
 from edgecompress.errors import BadDataError, UsageError
+from edgecompress.published_sets import PUBLISHED
 from edgecompress.spec import Preprocessing
 from edgecompress.splits import checked
 
