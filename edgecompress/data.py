@@ -16,7 +16,7 @@ from edgecompress.splits import Split as Split
 from edgecompress.splits import Wanted, checked
 from edgecompress.tasks import AGREEMENT, CLASSIFICATION, Task
 
-BUILT_IN = ("digits", *PUBLISHED)
+BUILT_IN = ("digits",)  # no folder hides these names; one of another name is taken before torchvision's data set
 
 
 def load_data(
@@ -58,11 +58,12 @@ def load_data(
         raise UsageError(
             f"Agreement without labels is for classification; the task is '{task.name}'. Leave one of them out."
         )
-    if name in BUILT_IN and task.name != CLASSIFICATION.name:
+    by_name = name == "digits" or (name in PUBLISHED and not root.is_dir())
+    if by_name and task.name != CLASSIFICATION.name:
         raise UsageError(f"The data '{name}' has classes, no labels for the task '{task.name}'. Name other --data.")
     if name == "digits":
         data = digits(wanted)
-    elif name in PUBLISHED:
+    elif by_name:
         data = torchvision_data(name, wanted)
     elif root.is_dir():
         data = folder_data(root, wanted)
@@ -71,7 +72,9 @@ def load_data(
     elif root.is_file() or len(root.parts) > 1:
         raise BadDataError(f"There is no data folder at {name}. Expected a folder with one sub-folder per class.")
     else:
-        raise UnknownNameError("data", name, [*BUILT_IN, "<path of an image folder>", "package.module:factory"])
+        raise UnknownNameError(
+            "data", name, [*BUILT_IN, *PUBLISHED, "<path of an image folder>", "package.module:factory"]
+        )
     if unlabelled and data.labelled:
         data = replace(data, labelled=False, task=AGREEMENT)
     return checked(data)

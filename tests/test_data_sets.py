@@ -172,6 +172,15 @@ def test_data_set_of_torchvision_by_name(mnist):
     assert sizes(data) == [100, 10, 10, 20] and data.test.labels.tolist() == [number % 10 for number in range(20)]
 
 
+def test_folder_of_that_name_is_taken_first(mnist, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / "mnist" / name).mkdir(parents=True)
+        for number in range(10):
+            Image.fromarray(np.full((6, 6, 3), number, np.uint8)).save(tmp_path / "mnist" / name / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    assert load_data("mnist").classes == ("a", "b") and load_data("./mnist").classes == ("a", "b")
+
+
 def test_data_set_that_is_not_here_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("EDGECOMPRESS_DATA", str(tmp_path))
     with pytest.raises(

@@ -26,6 +26,16 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
+class Notes(Silent):
+    """Keeps what a user would be told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
 def config(**fields: object) -> Config:
     return Config.model_validate({"budget": "size=0.9x", **fields})
 
@@ -103,7 +113,11 @@ def photos(tmp_path):
 @pytest.mark.parametrize("size", [None, 56])
 def test_images_of_a_run_go_through_what_the_weights_expect(photos, size):
     asked = config(model="resnet18", weights="DEFAULT", data=str(photos), image_size=size)
-    data = dataset_of(str(photos), asked, Silent())
+    notes = Notes()
+    data = dataset_of(str(photos), asked, notes)
+    assert notes.said[0].startswith(
+        f"images are prepared for resnet18: {size or 224}x{size or 224} pixels, cut out of the middle"
+    )
     wanted = own_preprocessing("resnet18")
     assert wanted is not None
     assert data.preprocessing == (wanted if size is None else wanted.at(size))
