@@ -43,7 +43,7 @@ def command(
         return
     click.echo(f"{result['file']}  {result['size_bytes']:,} bytes")
     score = Score.model_validate(result["score"])
-    said = f"{score.name} {score.text(result['accuracy'])}" + (f" ({score.note})" if score.note else "")
+    said = f"{score.note} {score.name}".strip() + f" {score.text(result['accuracy'])}"
     click.echo(f"  {said} on {result['images']} test images of {result['data']}")
     if result["median_us"] is None:
         click.echo("  latency: not measured (the file is in TensorRT's dialect, which ONNX Runtime does not fuse)")
