@@ -93,8 +93,8 @@ def command(
 
 def _print(row: Evaluation) -> None:
     click.echo(f"{row.file}  {row.size_bytes:,} bytes")
-    note = f" ({row.score.note})" if row.score.note else ""
-    click.echo(f"  {row.score.name} {row.score.text(row.accuracy)}{note} on {row.images} test images of {row.data}")
+    name = f"{row.score.note} {row.score.name}".strip()
+    click.echo(f"  {name} {row.score.text(row.accuracy)} on {row.images} test images of {row.data}")
     if row.median_us is None or row.p90_us is None or row.p99_us is None:
         click.echo("  latency: not measured (the file is in TensorRT's dialect, which ONNX Runtime does not fuse)")
         return

@@ -6,16 +6,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from edgecompress.data_sets import PUBLISHED, digits, factory_data, torchvision_data
+from edgecompress.data_sets import digits, factory_data
 from edgecompress.errors import BadDataError, UnknownNameError, UsageError
 from edgecompress.image_folders import folder_data
+from edgecompress.published_sets import PUBLISHED, torchvision_data
 from edgecompress.spec import Preprocessing
 from edgecompress.splits import Dataset as Dataset
 from edgecompress.splits import Split as Split
 from edgecompress.splits import Wanted, checked
 from edgecompress.tasks import AGREEMENT, CLASSIFICATION, Task
 
-BUILT_IN = ("digits", *PUBLISHED)
+BUILT_IN = ("digits",)  # no folder hides these names; one of another name is taken before torchvision's data set
 
 
 def load_data(
@@ -57,11 +58,12 @@ def load_data(
         raise UsageError(
             f"Agreement without labels is for classification; the task is '{task.name}'. Leave one of them out."
         )
-    if name in BUILT_IN and task.name != CLASSIFICATION.name:
+    by_name = name == "digits" or (name in PUBLISHED and not root.is_dir())
+    if by_name and task.name != CLASSIFICATION.name:
         raise UsageError(f"The data '{name}' has classes, no labels for the task '{task.name}'. Name other --data.")
     if name == "digits":
         data = digits(wanted)
-    elif name in PUBLISHED:
+    elif by_name:
         data = torchvision_data(name, wanted)
     elif root.is_dir():
         data = folder_data(root, wanted)
@@ -70,7 +72,9 @@ def load_data(
     elif root.is_file() or len(root.parts) > 1:
         raise BadDataError(f"There is no data folder at {name}. Expected a folder with one sub-folder per class.")
     else:
-        raise UnknownNameError("data", name, [*BUILT_IN, "<path of an image folder>", "package.module:factory"])
+        raise UnknownNameError(
+            "data", name, [*BUILT_IN, *PUBLISHED, "<path of an image folder>", "package.module:factory"]
+        )
     if unlabelled and data.labelled:
         data = replace(data, labelled=False, task=AGREEMENT)
     return checked(data)

@@ -1,14 +1,12 @@
-"""Images that do not lie in a folder: scikit-learn's digits, torchvision's data sets by name, and a user's own factory."""
+"""Images that do not lie in a folder: scikit-learn's digits, and what a user's own factory gives."""
 
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +14,6 @@ import torch
 from torch import Tensor
 
 from edgecompress.errors import BadDataError
-from edgecompress.files import cache_folder
 from edgecompress.images import TOLD_EVERY_S, Pixels, as_pixels, fits_in_memory
 from edgecompress.imports import imported, place_of
 from edgecompress.spec import Preprocessing
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _KEYS = ("train", "val", "test", "classes")
-_SINGLE = "edgecompress.single_channel"
 _BLOCK = 512  # items read between two words of how far it is
 
 
@@ -59,91 +55,6 @@ def digits(wanted: Wanted) -> Dataset:
         select_val=splits[2],
         test=splits[3],
     )
-
-
-# ------------------------------------------------------------------------------------------- torchvision, by name
-
-
-@dataclass(frozen=True)
-class Published:
-    """A data set of torchvision: its class there, and what its constructor takes for each split that it has."""
-
-    kind: str
-    train: Mapping[str, object]
-    test: Mapping[str, object] | None = None
-    val: Mapping[str, object] | None = None
-
-
-def _by_flag(kind: str) -> Published:
-    return Published(kind, {"train": True}, {"train": False})
-
-
-def _by_name(kind: str, train: str = "train", val: str | None = None) -> Published:
-    return Published(kind, {"split": train}, {"split": "test"}, None if val is None else {"split": val})
-
-
-PUBLISHED: dict[str, Published] = {
-    "mnist": _by_flag("MNIST"),
-    "kmnist": _by_flag("KMNIST"),
-    "fashion_mnist": _by_flag("FashionMNIST"),
-    "cifar10": _by_flag("CIFAR10"),
-    "cifar100": _by_flag("CIFAR100"),
-    "svhn": _by_name("SVHN"),
-    "stl10": _by_name("STL10"),
-    "gtsrb": _by_name("GTSRB"),
-    "food101": _by_name("Food101"),
-    "flowers102": _by_name("Flowers102", val="val"),
-    "dtd": _by_name("DTD", val="val"),
-    "oxford_iiit_pet": _by_name("OxfordIIITPet", train="trainval"),
-    "eurosat": Published("EuroSAT", {}),
-}
-
-
-def data_root() -> Path:
-    """Where torchvision's data sets lie: ``EDGECOMPRESS_DATA``, or ``data`` in the cache folder."""
-    named = os.environ.get("EDGECOMPRESS_DATA")
-    return Path(named) if named else cache_folder() / "data"
-
-
-def torchvision_data(name: str, wanted: Wanted) -> Dataset:
-    """A data set of `PUBLISHED`; downloaded if that is allowed and it is not here.
-
-    Raises:
-        BadDataError: it is not on this machine, or cannot be fetched.
-    """
-    found = PUBLISHED[name]
-    parts = {
-        part: _published(name, found.kind, options, download=wanted.download)
-        for part, options in (("train", found.train), ("val", found.val), ("test", found.test))
-        if options is not None
-    }
-    workers = max(1, torch.get_num_threads())
-    sources = {part: _items(value, f"{part} of {name}", wanted, workers) for part, value in parts.items()}
-    count, classes = int(sources["train"].strata.max()) + 1, getattr(parts["train"], "classes", ())
-    names = tuple(map(str, classes)) if len(classes) == count else _numbers(count)
-    return assembled(name, names, Sources(**sources), wanted)
-
-
-def _published(name: str, kind: str, options: Mapping[str, object], *, download: bool) -> Any:
-    from torchvision import datasets
-
-    root = data_root()
-    build = getattr(datasets, kind)
-    try:
-        return build(str(root), download=False, **options)
-    except RuntimeError as error:  # torchvision's own way to say that the files are not there
-        if not download:
-            raise BadDataError(
-                f"The data set {name} is not in {root}. Add --download, or point EDGECOMPRESS_DATA to the folder that holds "
-                f"the files of torchvision.datasets.{kind}."
-            ) from error
-    try:
-        return build(str(root), download=True, **options)
-    except Exception as error:
-        raise BadDataError(
-            f"The data set {name} cannot be fetched ({type(error).__name__}: {error}). Without a network, fetch it elsewhere "
-            f"with torchvision.datasets.{kind}, and point EDGECOMPRESS_DATA to that folder."
-        ) from error
 
 
 # ---------------------------------------------------------------------------------------------- a user's own factory
@@ -182,7 +93,7 @@ def factory_data(name: str, wanted: Wanted) -> Dataset:
     classes = found.get("classes") or getattr(found["train"], "classes", None) or ()
     augmentation: Augmentation = "none" if wanted.task.outputs_rank is None else "crop_flip"  # labels may be places
     data = assembled(label, tuple(map(str, classes)), Sources(**sources), wanted, augmentation)
-    return data if classes or not wanted.task.class_scores else replace(data, classes=_numbers(_largest(data) + 1))
+    return data if classes or not wanted.task.class_scores else replace(data, classes=numbered(_largest(data) + 1))
 
 
 def _largest(data: Dataset) -> int:
@@ -197,7 +108,7 @@ def _source(value: Any, where: str, wanted: Wanted) -> Source:
     if isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(v, Tensor | np.ndarray) for v in value):
         return _arrays(torch.as_tensor(value[0]), torch.as_tensor(value[1]), where, wanted)
     if hasattr(value, "__len__") and hasattr(value, "__getitem__"):
-        return _items(value, where, wanted)
+        return items_source(value, where, wanted)
     raise BadDataError(
         f"The split {where} is {type(value).__name__}; expected (images, labels), a Split, or a data set with len() and [i]."
     )
@@ -242,13 +153,13 @@ def _bytes(images: Tensor, where: str) -> Tensor:
     )
 
 
-def _items(data: Any, where: str, wanted: Wanted, workers: int = 1) -> Source:
+def items_source(data: Any, where: str, wanted: Wanted, workers: int = 1) -> Source:
     """A data set with ``len()`` and ``[i]`` that gives an image and a label; read whole, once."""
 
-    def item(at: int) -> tuple[Image, Tensor]:
+    def item(at: int) -> tuple[Any, Tensor]:
         try:
             image, label = data[at]
-            return _as_image(image, where), torch.as_tensor(label)
+            return image, torch.as_tensor(label)
         except BadDataError:
             raise
         except Exception as error:
@@ -259,9 +170,9 @@ def _items(data: Any, where: str, wanted: Wanted, workers: int = 1) -> Source:
 
     def prepared(at: int) -> tuple[Pixels, Tensor]:
         image, label = item(at)
-        return as_pixels(image, how), label
+        return as_pixels(_as_image(image, where), how), label
 
-    how = wanted.preprocessing or _plain_preprocessing(item(0)[0], wanted.image_size)
+    how = wanted.preprocessing or _plain_preprocessing(item(0)[0], where, wanted.image_size)
     shape = (len(data), len(how.mean), *how.size)
     if not fits_in_memory(shape):
         raise BadDataError(
@@ -289,10 +200,11 @@ def _items(data: Any, where: str, wanted: Wanted, workers: int = 1) -> Source:
     return replace(source, read=lambda rows, _: source.read(rows, how.model_copy(update={"resize": None})))
 
 
-def _plain_preprocessing(first: Image, image_size: int | None) -> Preprocessing:
-    """The size of the first image, or the one asked for; a single channel of an array stays one."""
-    channels = 1 if first.info.get(_SINGLE) else 3
-    size = (image_size, image_size) if image_size else (first.height, first.width)
+def _plain_preprocessing(first: Any, where: str, image_size: int | None) -> Preprocessing:
+    """The size of the first image, or the one asked for; the single channel of an array stays one."""
+    image = _as_image(first, where)
+    channels = 1 if image is not first and image.mode == "L" else 3
+    size = (image_size, image_size) if image_size else (image.height, image.width)
     return Preprocessing(
         size=size, mean=(0.0,) * channels, std=(1.0,) * channels, channels="L" if channels == 1 else "RGB"
     )
@@ -307,9 +219,7 @@ def _as_image(value: Any, where: str) -> Image:
     pixels = _bytes(torch.as_tensor(value), where).numpy()
     if pixels.ndim == 3:
         pixels = pixels[0] if pixels.shape[0] == 1 else pixels.transpose(1, 2, 0) if pixels.shape[0] == 3 else pixels
-    image = images.fromarray(np.ascontiguousarray(pixels))
-    image.info[_SINGLE] = pixels.ndim == 2
-    return image
+    return images.fromarray(np.ascontiguousarray(pixels))
 
 
 def _resized(images: Tensor, how: Preprocessing) -> Tensor:
@@ -324,5 +234,6 @@ def _resized(images: Tensor, how: Preprocessing) -> Tensor:
         return torch.from_numpy(np.stack(list(pool.map(one, images))))
 
 
-def _numbers(count: int) -> tuple[str, ...]:
+def numbered(count: int) -> tuple[str, ...]:
+    """Names for classes that have none."""
     return tuple(str(number) for number in range(count))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,24 +74,33 @@ class _Reader:
         return replace(data, notes=(*data.notes, f"{told} They are skipped."))
 
 
+def _layout(root: Path) -> tuple[Path, dict[str, Path]]:
+    """The folder of the training images, and those held out by the split they are for; one alone is the test split."""
+    beside = {name: root / name for name in HELD_OUT if (root / name).is_dir()}
+    if set(beside) == {"val"}:
+        beside = {"test": beside["val"]}
+    return root / "train" if (root / "train").is_dir() else root, beside
+
+
+def _all_finished(data: Dataset, readers: Mapping[Path, _Reader]) -> Dataset:
+    for folder, reader in readers.items():
+        data = reader.finished(data, folder)
+    return data
+
+
 # ---------------------------------------------------------------------------------------------- a class per folder
 
 
 def _with_classes(root: Path, wanted: Wanted) -> Dataset:
-    train_root = root / "train" if (root / "train").is_dir() else root
-    beside = {name: root / name for name in HELD_OUT if (root / name).is_dir()}
+    train_root, beside = _layout(root)
     classes = _classes(train_root, skip=() if train_root != root else HELD_OUT)
     for other in beside.values():
         _check_same_classes(train_root, classes, other)
     readers = {folder: _Reader(wanted.on_read) for folder in (train_root, *beside.values())}
     sources = {folder: _class_source(folder, classes, reader) for folder, reader in readers.items()}
     held = {name: sources[folder] for name, folder in beside.items()}
-    if "test" not in held and "val" in held:
-        held = {"test": held["val"]}  # one folder held out: it is measured once, at the end
     data = assembled(root.name, classes, Sources(sources[train_root], **held), wanted)
-    for folder, reader in readers.items():
-        data = reader.finished(data, folder)
-    return data
+    return _all_finished(data, readers)
 
 
 def _class_source(root: Path, classes: tuple[str, ...], reader: _Reader) -> Source:
@@ -195,19 +204,14 @@ def _alone(root: Path, wanted: Wanted) -> Dataset:
 
 def _with_masks(root: Path, wanted: Wanted) -> Dataset:
     """``images/`` and ``masks/`` with the same names, below ``train/`` and ``test/`` (or ``val/``) or directly."""
-    train_root = root / "train" if (root / "train").is_dir() else root
-    beside = {name: root / name for name in HELD_OUT if (root / name).is_dir()}
+    train_root, beside = _layout(root)
     pairs = {folder: _pairs(folder) for folder in (train_root, *beside.values())}
     classes = _mask_classes(root, [mask for found in pairs.values() for _, mask in found])
     readers = {folder: _Reader(wanted.on_read) for folder in pairs}
     sources = {folder: _mask_source(found, readers[folder], folder) for folder, found in pairs.items()}
     held = {name: sources[folder] for name, folder in beside.items()}
-    if "test" not in held and "val" in held:
-        held = {"test": held["val"]}
     data = assembled(root.name, classes, Sources(sources[train_root], **held), wanted)
-    for folder, reader in readers.items():
-        data = reader.finished(data, folder)
-    return data
+    return _all_finished(data, readers)
 
 
 def _pairs(root: Path) -> list[tuple[Path, Path]]:

@@ -228,8 +228,3 @@ def _mapped(path: Path, shape: tuple[int, ...]) -> Iterator[Pixels]:
         held = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
         yield held
         held.flush()
-
-
-__all__ = [
-    "SUFFIXES", "TOLD_EVERY_S", "Decoded", "OnRead", "as_mask", "as_pixels", "decode", "fits_in_memory", "fitted", "plain", "size_of",
-]  # fmt: skip

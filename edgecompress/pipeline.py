@@ -156,9 +156,16 @@ def dataset_of(
                 "Images in memory bring their own preprocessing; put the wanted one into the Dataset, or name the data."
             )
         return checked(replace(data, task=task if data.labelled else AGREEMENT))
+    how = preprocessing or preprocessing_of(config)
+    if how is not None and how is not preprocessing:
+        at = how.at(config.image_size) if config.image_size else how
+        cut = f", cut out of the middle at a shorter side of {at.resize}" if at.resize else ""
+        progress.note(
+            f"images are prepared for {label(config.model)}: {at.size[0]}x{at.size[1]} pixels{cut}, {at.interpolation}"
+        )
     found = load_data(
         config.data, image_size=None if preprocessing else config.image_size, seed=config.seed, task=task,
-        preprocessing=preprocessing or preprocessing_of(config), unlabelled=config.unlabelled, download=config.download,
+        preprocessing=how, unlabelled=config.unlabelled, download=config.download,
         on_read=_Reading(progress, config.data),
     )  # fmt: skip
     for text in found.notes:

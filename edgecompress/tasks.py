@@ -35,6 +35,7 @@ class Task:
     higher_is_better: otherwise the score is an error; everything then works with minus the score.
     percent: the score is a share in [0, 1].
     distill: ``(student, teacher)`` outputs to a scalar.
+    note: a word that stands before the score's name where there is room, as in ``top-1`` accuracy.
     outputs_rank: dimensions of the outputs, batch included; None if any will do.
     class_scores: axis 1 of the outputs are scores of classes, so that two files can be compared by their largest.
     """
@@ -96,7 +97,7 @@ CLASSIFICATION = Task(
     distill=softened, outputs_rank=2, class_scores=True,
 )  # fmt: skip
 # Without labels: the classes that the original network gives stand in for them.
-AGREEMENT = replace(CLASSIFICATION, score_name="agreement with the original", note="same top-1 class")
+AGREEMENT = replace(CLASSIFICATION, score_name="agreement with the original")
 
 
 # ---------------------------------------------------------------------------------------------------- segmentation
@@ -138,7 +139,7 @@ def _softened_pixels(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 SEGMENTATION = Task(
-    name="segmentation", score_name="mean IoU", note="over the classes that occur", loss=_pixel_loss,
+    name="segmentation", score_name="mean IoU", note="pixel-wise", loss=_pixel_loss,
     measure=_confusion, score=_mean_iou, distill=_softened_pixels, outputs_rank=4, class_scores=True,
 )  # fmt: skip
 

@@ -14,8 +14,8 @@ from PIL import Image
 from sample_networks import patterns
 
 from edgecompress.data import Split, load_data
-from edgecompress.data_sets import PUBLISHED
 from edgecompress.errors import BadDataError, UsageError
+from edgecompress.published_sets import PUBLISHED
 from edgecompress.spec import Preprocessing
 from edgecompress.splits import checked
 
@@ -170,6 +170,15 @@ def test_data_set_of_torchvision_by_name(mnist):
     data = load_data("mnist", image_size=16)
     assert data.train.images.shape[1:] == (3, 16, 16) and len(data.classes) == 10 and data.name == "mnist"
     assert sizes(data) == [100, 10, 10, 20] and data.test.labels.tolist() == [number % 10 for number in range(20)]
+
+
+def test_folder_of_that_name_is_taken_first(mnist, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / "mnist" / name).mkdir(parents=True)
+        for number in range(10):
+            Image.fromarray(np.full((6, 6, 3), number, np.uint8)).save(tmp_path / "mnist" / name / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    assert load_data("mnist").classes == ("a", "b") and load_data("./mnist").classes == ("a", "b")
 
 
 def test_data_set_that_is_not_here_says_how_to_get_it(tmp_path, monkeypatch):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -13,13 +15,25 @@ from PIL import Image
 from sample_networks import Residual, patterns, settled
 
 from edgecompress.errors import BadFileError, BadModelError, UsageError
+from edgecompress.images import as_pixels
 from edgecompress.models import own_classes, own_preprocessing
 from edgecompress.original import original_network, preprocessing_of
-from edgecompress.pipeline import dataset_of
+from edgecompress.pipeline import _Reading, dataset_of
 from edgecompress.progress import Silent
 from edgecompress.spec import Config, Preprocessing
 
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+class Notes(Silent):
+    """Keeps what a user would be told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
 
 
 def config(**fields: object) -> Config:
@@ -99,7 +113,11 @@ def photos(tmp_path):
 @pytest.mark.parametrize("size", [None, 56])
 def test_images_of_a_run_go_through_what_the_weights_expect(photos, size):
     asked = config(model="resnet18", weights="DEFAULT", data=str(photos), image_size=size)
-    data = dataset_of(str(photos), asked, Silent())
+    notes = Notes()
+    data = dataset_of(str(photos), asked, notes)
+    assert notes.said[0].startswith(
+        f"images are prepared for resnet18: {size or 224}x{size or 224} pixels, cut out of the middle"
+    )
     wanted = own_preprocessing("resnet18")
     assert wanted is not None
     assert data.preprocessing == (wanted if size is None else wanted.at(size))
@@ -135,3 +153,39 @@ def test_published_weights_meet_unlabelled_images_with_their_own_classes(monkeyp
     data = dataset_of(str(photos), asked, Silent())
     assert not data.labelled
     assert original_network(name, asked, data, Silent()).fc.out_features == 9
+
+
+@pytest.mark.parametrize("how", [{}, {"resize": 40}, {"resize": 36, "interpolation": "bicubic"}])
+def test_the_snippet_for_the_device_prepares_a_photo_as_training_did(how, tmp_path):
+    spec = importlib.util.spec_from_file_location("classify", DOCS / "examples" / "classify_onnxruntime.py")
+    assert spec is not None and spec.loader is not None
+    snippet = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(snippet)
+    wanted = Preprocessing(size=(32, 24), **IMAGENET, **how)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
+    with Image.open(tmp_path / "photo.png") as photo:
+        ours = torch.from_numpy(as_pixels(photo, wanted)).float() / 255
+        theirs = snippet.prepare(photo, json.loads(wanted.model_dump_json()))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (wanted.mean, wanted.std))
+    assert np.allclose(theirs[0], ((ours - mean) / std).numpy(), atol=1e-5)
+
+
+def test_reading_tells_how_far_it_is():
+    class Listener(Silent):
+        def __init__(self) -> None:
+            self.heard: list[object] = []
+
+        def stage(self, title: str, total: int) -> None:
+            self.heard.append((title, total))
+
+        def step(self, done: int, total: int) -> None:
+            self.heard.append(done)
+
+    listener = Listener()
+    reading = _Reading(listener, "photos")
+    for done, total in ((500, 900), (900, 900), (100, 300)):  # train, then another split
+        reading(done, total)
+    assert listener.heard == [("Read photos", 900), 500, 900, ("Read photos", 300), 100]

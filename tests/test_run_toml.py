@@ -73,3 +73,11 @@ def test_run_reached_through_a_link_names_the_same_paths(tmp_path, monkeypatch) 
 def test_network_from_memory_says_what_to_do(tmp_path: Path) -> None:
     text = to_toml(Config(budget="flops=0.5x", model="<Net>"), tmp_path)
     assert "package.module:factory" in text and tomllib.loads(text)["model"] == "<Net>"
+
+
+@pytest.mark.parametrize(("value", "written"), [("auto", "auto"), ("weights", "weights"), ("how.json", "../how.json")])
+def test_preprocessing_is_a_word_or_a_path(tmp_path, monkeypatch, value, written) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "first").mkdir()
+    found = tomllib.loads(to_toml(Config(budget="flops=0.5x", preprocessing=value), Path("first")))
+    assert found["preprocessing"] == written and from_file("preprocessing", written, Path("first")) == value

@@ -61,7 +61,7 @@ def test_run_measures_agreement_and_says_so_everywhere(ran):
     assert "Agreement" in called.out and "Accuracy" not in called.out and "has no labels" in called.err
     assert [goal.goal for goal in report.goals][-1] == "agreement with the original drop"
     page = (path / "report.html").read_text()
-    assert "Agreement with the original of the exported file" in page and "same top-1 class on the test split" in page
+    assert "Agreement with the original of the exported file" in page and "top-1 on the test split" in page
     assert "search-val agreement with the original, %" in page and "Accuracy" not in page
     markdown = call("report", path, "--format", "md").out
     assert "Agreement with the original 100.00 %" in markdown and "Accuracy" not in markdown
@@ -73,7 +73,7 @@ def test_eval_agrees_with_the_original_beside_the_file(ran, place, tmp_path):
     _, path = ran
     called = call("eval", path / "exports" / "model.int8.onnx", "--data", place / "photos")
     wanted = RunFolder(path).report().compressed.accuracy
-    assert called.code == 0 and f"agreement with the original {100 * wanted:.2f} % (same top-1 class)" in called.out
+    assert called.code == 0 and f"top-1 agreement with the original {100 * wanted:.2f} % on" in called.out
     alone = tmp_path / "model.int8.onnx"
     alone.write_bytes((path / "exports" / "model.int8.onnx").read_bytes())
     called = call("eval", alone, "--data", place / "photos")

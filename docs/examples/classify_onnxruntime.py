@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def load(path, threads=1):
@@ -24,7 +24,7 @@ def prepare(image, how):
     """A photo as the network's input: ``float32 [1, C, H, W]``, ``(pixel / 255 - mean) / std`` per channel."""
     height, width = how["size"]
     wanted = (width, height)
-    image = image.convert(how["channels"])
+    image = ImageOps.exif_transpose(image).convert(how["channels"])
     if "resize" in how:  # the shorter side first; then the middle is cut out
         long = int(how["resize"] * max(image.size) / min(image.size))
         wanted = (how["resize"], long) if image.width <= image.height else (long, how["resize"])

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 from build_on_device import Cuda, Session
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def load(path="model.engine"):
@@ -28,7 +28,7 @@ def prepare(image, how):
     """A photo as the network's input: ``float32 [1, C, H, W]``, ``(pixel / 255 - mean) / std`` per channel."""
     height, width = how["size"]
     wanted = (width, height)
-    image = image.convert(how["channels"])
+    image = ImageOps.exif_transpose(image).convert(how["channels"])
     if "resize" in how:  # the shorter side first; then the middle is cut out
         long = int(how["resize"] * max(image.size) / min(image.size))
         wanted = (how["resize"], long) if image.width <= image.height else (long, how["resize"])

@@ -41,9 +41,7 @@ def score(batches):
     return float(torch.cat(list(batches)).mean())
 
 
-DETECTION = Task(
-    name="detection", score_name="boxes found", note="overlap of at least 0.5", loss=loss, measure=found, score=score
-)
+DETECTION = Task(name="detection", score_name="boxes found", loss=loss, measure=found, score=score)
 
 
 def images(counts=(160, 48)):

@@ -293,8 +293,9 @@ def test_artifact_of_another_image_size_is_refused(tiny_run, tmp_path):
         (tmp_path / name).mkdir()
         for number in range(25):
             Image.fromarray(np.full((20, 20, 3), number * 10, np.uint8)).save(tmp_path / name / f"{number}.png")
-    called = call("eval", tiny_run / "exports/model.onnx", "--data", tmp_path)
+    called = call("eval", tiny_run / "exports/model.onnx", "--data", tmp_path, "--image-size", "20")
     refused(called, 2, "takes images of shape [3, 32, 32]", "--image-size 32")
+    assert call("eval", tiny_run / "exports/model.onnx", "--data", tmp_path).code == 0  # prepared as the file says
 
 
 def test_missed_goal_is_exit_code_3_after_the_table(tiny_run, tmp_path, monkeypatch):

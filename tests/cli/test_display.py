@@ -299,3 +299,29 @@ def test_command_of_a_report_is_understood(tiny_run, monkeypatch, tmp_path):
     called = call(*shlex.split(command_line_of(config))[1:], "--quiet")
     assert called.code == 0, called.err
     assert seen == [config]
+
+
+def test_reading_images_is_shown_by_every_listener(capsys, monkeypatch):
+    file = io.StringIO()
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr("edgecompress.cli.display.time.monotonic", lambda: float(next(clock)))
+    with Display("plain", Console(file=file, force_terminal=False, width=100)) as display, JsonLines() as jsonl:
+        both = Both(display, jsonl)
+        both.stage("Read photos", 90_000)
+        for done in range(10_000, 100_000, 10_000):
+            both.step(done, 90_000)
+    lines = file.getvalue().splitlines()
+    assert "  Read photos: 30,000/90,000" in lines and 2 <= len(lines) < 8 and "90000/90000" in lines[-1]
+    steps = [json.loads(line) for line in capsys.readouterr().out.splitlines()][1:]
+    assert [step["number"] for step in steps] == list(range(10_000, 100_000, 10_000))
+    assert all((step["event"], step["stage"], step["of"]) == ("step", "Read photos", 90_000) for step in steps)
+
+
+def test_score_of_an_error_is_shown_as_it_is():
+    file = io.StringIO()
+    with Display("plain", Console(file=file, force_terminal=False, width=100)) as display:
+        display.stage("Stage 1: channels", 20)
+        for episode in range(20):
+            best = trial(episode, latency_us=None).model_copy(update={"accuracy": -3.25})
+            display.trial("prune", best, best)
+    assert "best 3.25" in file.getvalue()
