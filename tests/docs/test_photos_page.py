@@ -48,7 +48,8 @@ def write_weights(photos: Path, path: Path) -> None:
     """The user's own training: a torchvision ResNet-18, one epoch."""
     data = load_data(str(photos), image_size=64)
     torch.manual_seed(0)
-    model = train(build_model("resnet18", len(data.classes)), data, TrainSettings(epochs=1, batch_size=32, distill=0.0))
+    settings = TrainSettings(epochs=1, learning_rate=0.02, batch_size=32, distill=0.0)
+    model = train(build_model("resnet18", len(data.classes)), data, settings)
     torch.save(model.state_dict(), path)
 
 
