@@ -94,7 +94,8 @@ def summary_table(report: RunReport, trials: Sequence[Trial] = ()) -> Table:
 
     def stacked(cell: Cell) -> Text:
         text = Text(cell.value)
-        for part in (cell.word, cell.note):
+        note = "" if cell.note == words.ORIGINAL_INT8 else cell.note  # its column says so, and 80 columns are narrow
+        for part in (cell.word, note):
             text.append(f"\n{part}" if part else "", style="dim")
         return text
 

@@ -18,7 +18,7 @@ from edgecompress.data import load_data
 from edgecompress.models import build_model
 
 
-def write_network(data, path, epochs=3):
+def write_network(data, path, epochs=2):
     """You have the .onnx file already; here a ResNet-8 is trained and exported first."""
     torch.manual_seed(0)
     model = build_model("resnet8", len(data.classes)).train()
