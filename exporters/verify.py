@@ -182,17 +182,17 @@ def check_size(model: bytes, quantized: QuantizedGraph) -> Checks:
 
 
 def check_memory(activations: int, weights: int, limit_mb: int) -> Checks:
-    """Planned memory against the target's. ``activations`` and ``weights`` are bytes."""
+    """Planned memory against the target's (0: no limit). ``activations`` and ``weights`` are bytes."""
     checks = Checks({"weight_memory_bytes": weights})
     needed = (activations + weights) / 2**20
     checks.require(
-        needed <= limit_mb, "activation_peak_bytes", activations,
+        not limit_mb or needed <= limit_mb, "activation_peak_bytes", activations,
         f"running it is planned to take {needed:.0f} MiB, the target has {limit_mb}",
     )  # fmt: skip
     return checks
 
 
-def check_openvino(model: bytes, quantized: QuantizedGraph, images: Images) -> Checks:
+def check_openvino(model: bytes, quantized: QuantizedGraph, images: Images, *, allow_float: bool = False) -> Checks:
     """The file is right (`check_ort`), and OpenVINO runs its layers in 8 bits and answers as the emulator does."""
     checks = check_ort(model, quantized, images)
     runner = OpenVinoRunner(model)
