@@ -40,7 +40,7 @@ def command(
     \b
     Example:
       edgecompress eval runs/first/exports/model.int8.onnx --data digits
-      edgecompress eval runs/first --against runs/first/exports/original.onnx --csv
+      edgecompress eval runs/first --against runs/second --csv
     """
     from dataclasses import asdict
 
