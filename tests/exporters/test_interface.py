@@ -179,7 +179,9 @@ def test_size_audit_adds_up(source, tmp_path):
     weights = sum(weight.values.size * weight.bits / 8 for weight in source.quantized.weights.values())
     assert checks["weight_bytes_exact"] == round(weights)
     assert weights <= checks["weight_bytes"] < 1.5 * weights
-    assert checks["channel_bytes"] == 8 * sum(len(w.scale) for w in source.quantized.weights.values())
+    channels = {name: len(weight.scale) for name, weight in source.quantized.weights.items()}
+    assert checks["channel_bytes"] == 12 * sum(channels.values()) + 5 * channels["fc"]
+    assert 0 < checks["other_bytes_per_node"] < 100
 
 
 def test_pixel_grid_is_where_pixels_are(source):
