@@ -51,7 +51,7 @@ def command(
     \b
     Example:
       edgecompress eval runs/first/exports/model.int8.onnx --data digits
-      edgecompress eval runs/first --against runs/first/exports/original.onnx --csv
+      edgecompress eval runs/first --against runs/second --csv
     """
     from edgecompress.data import Dataset, load_data
     from edgecompress.errors import UsageError

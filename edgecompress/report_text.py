@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, get_args
 from edgecompress import report_rows as words
 from edgecompress.report_checks import checks_of
 from edgecompress.report_rows import Cell
+from edgecompress.runs import ORIGINAL_INT8
 from edgecompress.spec import Config, RunReport, Stage, Trial
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def summary_table(report: RunReport, trials: Sequence[Trial] = ()) -> Table:
 
     def stacked(cell: Cell) -> Text:
         text = Text(cell.value)
-        note = "" if cell.note == words.ORIGINAL_INT8 else cell.note  # its column says so, and 80 columns are narrow
+        note = "" if cell.note == ORIGINAL_INT8 else cell.note  # its column says so, and 80 columns are narrow
         for part in (cell.word, note):
             text.append(f"\n{part}" if part else "", style="dim")
         return text

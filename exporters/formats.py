@@ -126,10 +126,13 @@ def _check_ort(source: ExportSource, data: bytes) -> verify.Checks:
 
 
 def _write_openvino(source: ExportSource) -> onnx.ModelProto:
-    """The ``ort`` dialect without 2-bit storage, which OpenVINO's reader does not know."""
-    limit = source.interface.opset(FOUR_BITS_OPSET)
+    """The ``ort`` dialect with weights as int8 or INT4: OpenVINO knows no INT2, and runs unpacked weights in float."""
     return integer_model(
-        _integers(source), metadata=source.metadata, max_opset=limit, batch=source.interface.batch_or(None)
+        _integers(source),
+        metadata=source.metadata,
+        max_opset=source.interface.opset(FOUR_BITS_OPSET),
+        batch=source.interface.batch_or(None),
+        unpack=False,
     )
 
 

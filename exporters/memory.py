@@ -29,11 +29,15 @@ def planned_activation_bytes(graph: Graph, integers: Collection[str] = (), *, ba
     Args:
         integers: values that are held as one byte an element; all others are float32.
 
-    A runtime may need less (it writes in place) or more (it packs tiles); a value that a fused operator absorbs counts.
+    A runtime may need less (it writes in place) or more (it packs tiles); what a fused activation absorbs never exists.
     """
+    from edgecompress.quantize import is_fused_activation
+
+    absorbed = {node.inputs[0] for node in graph.nodes if is_fused_activation(graph, node)}
     size = {
         name: batch * math.prod(shape) * (INTEGER_BYTES if name in integers else FLOAT_BYTES)
         for name, shape in graph.shapes.items()
+        if name not in absorbed
     }
     last = {name: number for number, node in enumerate(graph.nodes) for name in node.inputs}
     last |= dict.fromkeys(graph.outputs, len(graph.nodes))

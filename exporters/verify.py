@@ -20,8 +20,7 @@ from edgecompress.exporters.emulate import emulate, float_islands, runs_in_integ
 from edgecompress.exporters.onnx_writing import Names
 from edgecompress.exporters.packing import store
 from edgecompress.exporters.runners import OnnxRuntimeRunner, OpenVinoRunner, run_all
-from edgecompress.exporters.sizes import CHANNEL_BYTES
-from edgecompress.graph import Graph
+from edgecompress.graph import Graph, Node
 from edgecompress.interpret import float_constants, run
 from edgecompress.quantize import QuantizedGraph, simulate
 from edgecompress.spec import CompressionPolicy, Network
@@ -173,8 +172,9 @@ def check_size(model: bytes, quantized: QuantizedGraph) -> Checks:
     opset, nodes = proto.opset_import[0].version, len(proto.graph.node)
     stored = [store(w.values, w.bits, Names(), max_opset=opset) for w in quantized.weights.values()]
     packed = sum(len(found.raw_data) for layer in stored for found in layer.initializers)
+    layers = [layer for layer in quantized.graph.layers if layer.name in quantized.weights]
     exact = sum(weight.values.size * weight.bits / 8 for weight in quantized.weights.values())
-    channels = sum(CHANNEL_BYTES * len(weight.scale) for weight in quantized.weights.values())
+    channels = sum(_channel_bytes(layer) * quantized.graph.constants[layer.inputs[1]].shape[0] for layer in layers)
     return Checks(
         {
             "weight_bytes": packed,
@@ -185,12 +185,19 @@ def check_size(model: bytes, quantized: QuantizedGraph) -> Checks:
     )
 
 
+def _channel_bytes(layer: Node) -> int:
+    """Per output channel: the weight's scale, the bias with its own scale, and zero points, which only a Gemm needs."""
+    has_bias = len(layer.inputs) > 2 and bool(layer.inputs[2])
+    gemm = layer.op == "Gemm"
+    return 4 + gemm + (8 + 4 * gemm if has_bias else 0)
+
+
 def check_memory(activations: int, weights: int, limit_mb: int) -> Checks:
-    """Planned memory against the target's. ``activations`` and ``weights`` are bytes."""
+    """Planned memory against the target's (0: no limit). ``activations`` and ``weights`` are bytes."""
     checks = Checks({"weight_memory_bytes": weights})
     needed = (activations + weights) / 2**20
     checks.require(
-        needed <= limit_mb, "activation_peak_bytes", activations,
+        not limit_mb or needed <= limit_mb, "activation_peak_bytes", activations,
         f"running it is planned to take {needed:.0f} MiB, the target has {limit_mb}",
     )  # fmt: skip
     return checks

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import onnx
 import pytest
+from sample_networks import integer_case
 from test_formats_contract import files, make_source
 
 from edgecompress.errors import GoalMissedError, UsageError
+from edgecompress.exporters import verify
 from edgecompress.exporters.formats import export
 from edgecompress.exporters.interface import Interface, on_pixel_grid
 from edgecompress.exporters.memory import measured_memory, planned_activation_bytes
 from edgecompress.exporters.runners import OnnxRuntimeRunner, run_all
+from edgecompress.exporters.to_onnxruntime import integer_model
 from edgecompress.graph import Graph, Node
 
 COLOURS, NOISE = (np.random.default_rng(seed).integers(0, 128, (24, 3, size, size)) for seed, size in ((4, 1), (5, 16)))
@@ -94,10 +98,7 @@ def test_batch_opset_and_facts_are_recorded(source, tmp_path):
 
 
 def test_two_bits_fall_back_to_four_below_opset_25(tmp_path):
-    from sample_networks import integer_case
-
     from edgecompress.exporters.onnx_writing import oldest_onnxruntime
-    from edgecompress.exporters.to_onnxruntime import integer_model
 
     quantized = integer_case("mobile").quantized(2, 8)
     new, old, plain = (integer_model(quantized, max_opset=opset) for opset in (25, 24, 17))
@@ -148,11 +149,23 @@ def test_planned_peak_is_the_widest_moment():
     assert planned_activation_bytes(graph, batch=3) == 3 * 4 * (4 + 8 + 8)
 
 
-def test_plan_over_the_targets_memory_is_a_missed_goal(source, tmp_path):
-    small = source.target.model_copy(update={"memory_mb": 0})
-    with pytest.raises(GoalMissedError, match=r"planned to take \d+ MiB, the target has 0") as caught:
-        export(replace(source, target=small), "onnxruntime", tmp_path)
+def test_plan_over_the_targets_memory_is_a_missed_goal(source, tmp_path, monkeypatch):
+    monkeypatch.setattr("edgecompress.exporters.formats.planned_activation_bytes", lambda *values: 9 << 30)
+    with pytest.raises(GoalMissedError, match=r"planned to take 9216 MiB, the target has 8192") as caught:
+        export(source, "onnxruntime", tmp_path)
     assert caught.value.exit_code == 3 and files(tmp_path) == []
+    host = source.target.model_copy(update={"memory_mb": 0})
+    assert export(replace(source, target=host), "onnxruntime", tmp_path).checks["activation_peak_bytes"] == 9 << 30
+
+
+@pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
+def test_openvino_gets_weights_that_it_runs_in_integers(source, tmp_path):
+    case = integer_case("residual")
+    quantized = case.simulator.quantized(case.random_choices(0))
+    artifact = export(replace(source, quantized=quantized, graph=case.graph), "openvino", tmp_path)
+    assert artifact.checks["openvino_integer_layers"] == 7 and artifact.opset == 21
+    unpacked = integer_model(quantized, max_opset=21).SerializeToString()
+    assert "runs 6 of 7" in verify.check_openvino(unpacked, quantized, case.images.numpy()).failures[0]
 
 
 def test_memory_is_measured_in_a_fresh_process(source, tmp_path):
@@ -166,7 +179,9 @@ def test_size_audit_adds_up(source, tmp_path):
     weights = sum(weight.values.size * weight.bits / 8 for weight in source.quantized.weights.values())
     assert checks["weight_bytes_exact"] == round(weights)
     assert weights <= checks["weight_bytes"] < 1.5 * weights
-    assert checks["channel_bytes"] == 8 * sum(len(w.scale) for w in source.quantized.weights.values())
+    channels = {name: len(weight.scale) for name, weight in source.quantized.weights.items()}
+    assert checks["channel_bytes"] == 12 * sum(channels.values()) + 5 * channels["fc"]
+    assert 0 < checks["other_bytes_per_node"] < 100
 
 
 def test_pixel_grid_is_where_pixels_are(source):
