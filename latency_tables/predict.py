@@ -20,7 +20,9 @@ from edgecompress.latency_tables.table import (
     Setting,
     Table,
     kernel_key,
+    mismatch,
     read_table,
+    refuse_mismatch,
     sidecar,
 )
 from edgecompress.latency_tables.targets import is_this_machine, running_precision
@@ -209,7 +211,9 @@ def find_table(
     """
     here = _setting_here(threads) if is_this_machine(target) else None
     if tables is not None and not tables.is_dir():
-        table = read_table(tables, here, allow_mismatch=allow_mismatch)
+        table = read_table(tables)
+        if not allow_mismatch:
+            refuse_mismatch(tables, table.provenance.setting, _expected(table.provenance.setting, target, threads))
         if table.provenance.target != target.name:
             raise BadFileError(
                 f"The latency table {tables} is of target '{table.provenance.target}', not '{target.name}'."
@@ -222,6 +226,12 @@ def find_table(
     found = [p for p in sorted(folder.glob(f"{target.name}--*--t{threads}.csv")) if sidecar(p).exists()]
     newest = sorted((read_table(path) for path in found), key=lambda table: table.provenance.created_at)
     return newest[-1] if newest else None
+
+
+def _expected(found: Setting, target: Target, threads: int) -> Setting:
+    """What a run of ``target`` takes for granted of a table: on this machine all, elsewhere the runtime and threads."""
+    here = _setting_here(threads) if is_this_machine(target) else None
+    return here or found.model_copy(update={"runtime": target.runtime, "threads": threads})
 
 
 def _setting_here(threads: int) -> Setting | None:
@@ -254,7 +264,10 @@ def latency_model(
     """
     table = find_table(target, tables, threads=threads, allow_mismatch=allow_mismatch)
     if table is not None and table.usable:
-        return table_model(table, target), describe(table.provenance, len(table.usable))
+        found = table.provenance.setting
+        differs = mismatch(found, _expected(found, target, threads))
+        warning = f"; NOT this run's setting: {differs}" if differs else ""
+        return table_model(table, target), describe(table.provenance, len(table.usable)) + warning
     if require_measured:
         raise MissingBackendError(
             f"There is no latency table for '{target.name}' on this device and runtime. Run 'edgecompress profile "

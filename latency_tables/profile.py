@@ -12,7 +12,7 @@ from edgecompress.files import locked
 from edgecompress.graph import Graph
 from edgecompress.latency_tables.measure import Done, Progress, measure_points, provenance, this_setting
 from edgecompress.latency_tables.points import LEVELS, kernel_points
-from edgecompress.latency_tables.predict import table_model, table_path, tables_folder
+from edgecompress.latency_tables.predict import table_model, table_path
 from edgecompress.latency_tables.table import Table, append_row, open_table, read_table
 from edgecompress.latency_tables.targets import is_this_machine
 from edgecompress.latency_tables.whole import Check, check_table, held_other, keep_channels, other_row, policy_at
@@ -54,13 +54,13 @@ def require_measurable(target: Target, precisions: Sequence[str]) -> None:
     """
     if target.exporter != "onnxruntime":
         raise MissingBackendError(
-            f"'{target.name}' runs {target.runtime} {target.runtime_version}, which cannot be measured from here. "
-            "Export for it and run build_on_device.py on the device; until then latencies of this target are estimated."
+            f"'{target.name}' runs {target.runtime} {target.runtime_version}, which is not here. Measure it over ssh with "
+            "--host user@address, or carry the job by hand with --bundle DIR; until then its latencies are estimated."
         )
     if not is_this_machine(target):
         raise MissingBackendError(
-            f"This machine is no {target.device}. Run 'edgecompress profile --target {target.name}' on the device and "
-            f"copy the table (.csv and .json) to {tables_folder()}; until then latencies of this target are estimated."
+            f"This machine is no {target.device}. Measure it over ssh with --host user@address, or carry the job by hand "
+            "with --bundle DIR; until then its latencies are estimated."
         )
     for precision in precisions:
         if precision not in MEASURABLE or precision not in target.precisions:

@@ -1,7 +1,8 @@
 """One measured device as a CSV that only grows, with a JSON file of provenance beside it.
 
 A row is keyed by the shape and precision of one fused kernel, never by a layer's position in a network. A later row
-with the same key replaces an earlier one. Rows of another device, runtime, version or thread count have their own file.
+with the same key replaces an earlier one if it says that it was measured again (`AGAIN`) or agrees with it; two that
+disagree in silence, as in files that were pasted together, are refused. Rows of another device, runtime, version or thread count have their own file.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, cast, get_args
 
@@ -22,9 +23,12 @@ from edgecompress.files import disk_error, read_document, write_bytes, write_doc
 from edgecompress.spec import Document, Frozen
 
 Dtype = Literal["fp32", "fp16", "int8"]
-Status = Literal["ok", "contended", "unsupported", "failed"]
+Status = Literal["ok", "contended", "throttled", "unsupported", "failed"]
 OTHER = "other"
 USABLE: tuple[Status, ...] = ("ok", "contended")
+AGAIN = " again"  # ends the method of a row that replaces an earlier one of its key
+MADS = 3  # median absolute deviations by which two measurements of one kernel may differ
+RESOLUTION_US = 1.0  # of ONNX Runtime's profiler: the smallest difference that means anything
 
 
 class KernelKey(NamedTuple):
@@ -116,7 +120,7 @@ class Table:
 
     path: Path
     provenance: Provenance
-    rows: Mapping[KernelKey, Row]
+    rows: dict[KernelKey, Row]
 
     @property
     def usable(self) -> dict[KernelKey, Row]:
@@ -148,7 +152,12 @@ def open_table(path: Path, provenance: Provenance) -> Table:
 
 
 def append_row(table: Table, row: Row) -> None:
-    """Add one row to the file and push it to the disk, so that a kill loses at most the line being written."""
+    """Add one row to the file and push it to the disk, so that a kill loses at most the line being written.
+
+    A row whose key the table holds already is marked as measured again.
+    """
+    if row.key in table.rows and not row.method.endswith(AGAIN):
+        row = replace(row, method=row.method + AGAIN)
     setting = table.provenance.setting
     shared = [str(getattr(setting, name)) for name in _SETTING]
     values = [
@@ -163,10 +172,11 @@ def append_row(table: Table, row: Row) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise disk_error(table.path, error) from error
+    table.rows[row.key] = row
 
 
 def read_table(path: Path, expected: Setting | None = None, *, allow_mismatch: bool = False) -> Table:
-    """Read and check a table. A last line torn by a kill is cut off the file with a warning.
+    """Read and check a table. A last line torn by a kill is cut off the file, a truncated one left out, with a warning.
 
     Args:
         expected: the setting that the caller will run; None takes whatever the table holds.
@@ -178,30 +188,84 @@ def read_table(path: Path, expected: Setting | None = None, *, allow_mismatch: b
     provenance = read_document(sidecar(path), Provenance, "provenance of the latency table")
     if expected is not None and not allow_mismatch:
         refuse_mismatch(path, provenance.setting, expected)
-    lines = _whole_lines(path)
-    if not lines or tuple(lines[0].split(",")) != COLUMNS:
-        raise BadFileError(
-            f"The latency table {path} has other columns than this edgecompress writes. Profile the device again."
-        )
     rows: dict[KernelKey, Row] = {}
-    own = [str(getattr(provenance.setting, name)) for name in _SETTING]
-    for number, fields in enumerate(csv.reader(lines[1:]), start=2):
-        row = _row(path, number, fields, own)
+    for _, row in numbered_rows(path, provenance, whole_lines(path)):
         rows[row.key] = row
     return Table(path, provenance, rows)
 
 
+def numbered_rows(path: Path, provenance: Provenance, lines: list[str]) -> Iterator[tuple[int, Row]]:
+    """Each row with the number of its line; the first of ``lines`` must be the columns' names.
+
+    Raises:
+        BadFileError: at the first line that is no row of this table.
+    """
+    for number, found in scan(path, provenance, lines):
+        if isinstance(found, BadFileError):
+            raise found
+        yield number, found
+
+
+def scan(path: Path, provenance: Provenance, lines: list[str]) -> Iterator[tuple[int, Row | BadFileError]]:
+    """Like `numbered_rows`, but an error stands where the row would, and the lines behind it follow."""
+    if not lines or tuple(lines[0].split(",")) != COLUMNS:
+        yield (
+            1,
+            BadFileError(
+                f"The latency table {path} has other columns than this edgecompress writes. Profile the device again."
+            ),
+        )
+        return
+    own = [str(getattr(provenance.setting, name)) for name in _SETTING]
+    seen: dict[KernelKey, tuple[int, Row]] = {}
+    for number, fields in enumerate(csv.reader(lines[1:]), start=2):
+        if len(fields) < len(COLUMNS):
+            warnings.warn(f"Line {number} of the latency table {path} is truncated and left out.", stacklevel=4)
+            continue
+        try:
+            row = _row(path, number, fields, own)
+        except BadFileError as error:
+            yield number, error
+            continue
+        before, earlier = seen.setdefault(row.key, (number, row))
+        if disagree(earlier, row) and not row.method.endswith(AGAIN):
+            yield (
+                number,
+                BadFileError(
+                    f"Line {number} of the latency table {path} says {row.median_us:.1f} us where line {before} says "
+                    f"{earlier.median_us:.1f} us for the same kernel. Delete the wrong one, or profile the device again."
+                ),
+            )
+            continue
+        seen[row.key] = (number, row)
+        yield number, row
+
+
+def disagree(one: Row, other: Row) -> bool:
+    """Whether two measurements of one kernel differ by more than `MADS` of the larger deviation."""
+    if one.status not in USABLE or other.status not in USABLE:
+        return False
+    return abs(one.median_us - other.median_us) > max(MADS * max(one.mad_us, other.mad_us), RESOLUTION_US)
+
+
 def refuse_mismatch(path: Path, found: Setting, expected: Setting) -> None:
     """Raise BadFileError if ``found`` differs from ``expected``, naming the first field that does."""
-    for name in _SETTING:
-        if getattr(found, name) != getattr(expected, name):
-            raise BadFileError(
-                f"The latency table {path} was measured with {name} = {getattr(found, name)}, this run has {name} = "
-                f"{getattr(expected, name)}. Profile this setting into its own table, or allow the mismatch on purpose."
-            )
+    differs = mismatch(found, expected)
+    if differs:
+        raise BadFileError(
+            f"The latency table {path} was measured in another setting than this run's: {differs}. Profile this setting "
+            "into its own table, or take it on purpose with --allow-mismatch."
+        )
 
 
-def _whole_lines(path: Path) -> list[str]:
+def mismatch(found: Setting, expected: Setting) -> str:
+    """The fields in which two settings differ, as ``threads = 2 instead of 1``; empty where they agree."""
+    pairs = [(name, getattr(found, name), getattr(expected, name)) for name in _SETTING]
+    return ", ".join(f"{name} = {own} instead of {wanted}" for name, own, wanted in pairs if own != wanted)
+
+
+def whole_lines(path: Path, *, mend: bool = True) -> list[str]:
+    """The lines of the file; what stands behind the last line's end is dropped, and with ``mend`` cut off the file."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -209,7 +273,8 @@ def _whole_lines(path: Path) -> list[str]:
     whole, newline, torn = raw.rpartition(b"\n")
     if torn:
         warnings.warn(f"The last line of the latency table {path} was torn by a kill and is dropped.", stacklevel=3)
-        write_bytes(path, whole + newline)
+        if mend:
+            write_bytes(path, whole + newline)
     try:
         return whole.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:

@@ -52,7 +52,7 @@ def test_one_target_shows_its_sources():
     ("arguments", "error", "match"),
     [
         ((), UsageError, "--run RUN or --model NAME"),
-        (("--model", "resnet8", "--target", "jetson"), MissingBackendError, "build_on_device"),
+        (("--model", "resnet8", "--target", "jetson"), MissingBackendError, "--bundle DIR"),
         (("--model", "resnet8", "--target", "raspberry-pi-5"), MissingBackendError, "no Raspberry Pi 5"),
         (("--model", "resnet8", "--precision", "int3"), UnknownNameError, "precision 'int3'"),
         (("--model", "resnet8", "--data-shape", "3x32"), UsageError, "3,32,32"),
