@@ -559,6 +559,7 @@ def hold_device(wait_s: float = 15.0) -> Any:
             break
         except OSError as error:
             if time.monotonic() > end:
+                lock.close()
                 raise Problem("Another measurement runs on this device. Wait for its end.", BUSY) from error
             time.sleep(0.2)
     return lock

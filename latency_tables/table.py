@@ -2,7 +2,8 @@
 
 A row is keyed by the shape and precision of one fused kernel, never by a layer's position in a network. A later row
 with the same key replaces an earlier one if it says that it was measured again (`AGAIN`) or agrees with it; two that
-disagree in silence, as in files that were pasted together, are refused. Rows of another device, runtime, version or thread count have their own file.
+disagree in silence, as in files that were pasted together, are refused. Rows of another device, runtime, version or
+thread count have their own file.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, cast, get_args

@@ -24,7 +24,6 @@ from edgecompress.latency_tables.table import (
     Provenance,
     Row,
     Table,
-    whole_lines,
     append_row,
     disagree,
     numbered_rows,
@@ -33,6 +32,7 @@ from edgecompress.latency_tables.table import (
     refuse_mismatch,
     scan,
     sidecar,
+    whole_lines,
 )
 from edgecompress.latency_tables.whole import Check, check_table, keep_channels, policy_at
 from edgecompress.spec import Network, Target
