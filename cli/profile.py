@@ -47,8 +47,8 @@ def command(
     \b
     Examples:
       edgecompress profile --target x86 --model resnet8 --data-shape 3,32,32
-      edgecompress profile --host pi@192.168.1.20 --target raspberry-pi-5 --run runs/first
-      edgecompress profile --bundle job --target jetson --model resnet18 --data-shape 3,224,224
+      edgecompress profile --host pi@10.0.0.5 --target raspberry-pi-5 --run runs/a
+      edgecompress profile --bundle job --target jetson --run runs/a
       edgecompress profile --collect job
     """
     from edgecompress.errors import UsageError

@@ -31,7 +31,12 @@ def command() -> None:
 @click.argument("table", type=FILE)
 @switch("json", "as_json", help="Print JSON.")
 def show(table: Path, as_json: bool) -> None:
-    """Rows by kind, the setting, the provenance, and what is missing in TABLE."""
+    """Rows by kind, the setting, the provenance, and what is missing in TABLE.
+
+    \b
+    Example:
+      edgecompress tables show pi.csv
+    """
     import json
 
     from edgecompress.latency_tables.predict import describe
@@ -66,7 +71,12 @@ def show(table: Path, as_json: bool) -> None:
 @click.option("--worst", default=5, show_default=True, help="How many of the most different kernels are listed.")
 @switch("json", "as_json", help="Print JSON.")
 def compare(first: Path, second: Path, worst: int, as_json: bool) -> None:
-    """Join two tables of any settings on their kernels: ratio of SECOND's medians over FIRST's."""
+    """Join two tables of any settings on their kernels: ratio of SECOND's medians over FIRST's.
+
+    \b
+    Example:
+      edgecompress tables compare monday.csv friday.csv
+    """
     import json
 
     from edgecompress.latency_tables.table import mismatch, read_table
@@ -114,7 +124,12 @@ def _kernel(key: KernelKey) -> str:
 @click.argument("tables", nargs=-1, required=True, type=FILE)
 @click.option("--out", required=True, type=FILE, help="New file for the union.")
 def merge(tables: tuple[Path, ...], out: Path) -> None:
-    """Unite tables of one setting; two that disagree on a kernel by more than 3 MAD are refused."""
+    """Unite tables of one setting; two that disagree on a kernel by more than 3 MAD are refused.
+
+    \b
+    Example:
+      edgecompress tables merge monday.csv friday.csv --out pi.csv
+    """
     from edgecompress.latency_tables.table_tools import merge
 
     found = merge(tables, out)
@@ -124,7 +139,12 @@ def merge(tables: tuple[Path, ...], out: Path) -> None:
 @command.command("check")
 @click.argument("tables", nargs=-1, required=True, type=FILE)
 def check(tables: tuple[Path, ...]) -> None:
-    """Read every line of TABLES and name each that is wrong; nothing is changed. Exit code 2 if there is one."""
+    """Read every line of TABLES and name each that is wrong; nothing is changed. Exit code 2 if there is one.
+
+    \b
+    Example:
+      edgecompress tables check pi.csv
+    """
     from edgecompress.latency_tables.table_tools import check_file
 
     wrong = [finding for table in tables for finding in check_file(table)]
@@ -151,7 +171,12 @@ def validate(
     table: Path, model: str, data_shape: str, classes: int, count: int, seconds: float, seed: int, allow_mismatch: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
-    """Predict random pruned networks from TABLE and measure them on this machine."""
+    """Predict random pruned networks from TABLE and measure them on this machine.
+
+    \b
+    Example:
+      edgecompress tables validate x86.csv --model resnet8
+    """
     import json
 
     from edgecompress.cli.profile import network_of, shape_of
