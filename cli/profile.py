@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from edgecompress.latency_tables.profile import GraphAt, Profiled
+    from edgecompress.graph import Graph
+    from edgecompress.latency_tables.profile import Profiled
     from edgecompress.spec import Network
 
 
@@ -45,11 +46,11 @@ def command(
     device = target_by_name(target)
     precisions = tuple(part.strip() for part in precision.split(",") if part.strip())
     require_measurable(device, precisions)
-    network, graph_at = _from_run(run) if run is not None else _from_model(str(model), _shape(data_shape), classes)
+    network, graph = _from_run(run) if run is not None else _from_model(str(model), _shape(data_shape), classes)
     options = ProfileOptions(precisions, threads, time_cap, out, levels)
     with _ProgressBar(as_json) as progress:
         try:
-            profiled = profile(network, device, options, graph_at, progress)
+            profiled = profile(network, device, options, graph, progress)
         except KeyboardInterrupt:
             click.echo("\nStopped. What was measured is kept; the same command goes on.", err=True)
             raise click.exceptions.Exit(130) from None
@@ -65,24 +66,18 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _from_model(name: str, shape: tuple[int, ...], classes: int) -> tuple[Network, GraphAt]:
-    from collections.abc import Mapping
-
-    from edgecompress.graph import Graph, build_graph
+def _from_model(name: str, shape: tuple[int, ...], classes: int) -> tuple[Network, Graph]:
+    from edgecompress.edges import with_edges
+    from edgecompress.graph import build_graph
     from edgecompress.models import build_model
-    from edgecompress.prune import prune
     from edgecompress.trace import trace
 
     model = build_model(name, classes).eval()
-    traced = trace(model, shape, name)
-
-    def graph_at(keep: Mapping[str, int]) -> Graph:
-        return build_graph(prune(model, traced, keep), shape, name)
-
-    return traced.network, graph_at
+    graph = build_graph(model, shape, name)
+    return with_edges(trace(model, shape, name).network, graph), graph
 
 
-def _from_run(run: Path) -> tuple[Network, GraphAt | None]:
+def _from_run(run: Path) -> tuple[Network, Graph | None]:
     """The run's layers; the network itself too, if its name still builds one that fits them (weights do not matter)."""
     from edgecompress.errors import EdgeCompressError
     from edgecompress.files import read_document
@@ -91,10 +86,10 @@ def _from_run(run: Path) -> tuple[Network, GraphAt | None]:
     network = read_document(run / "layers.json", Network, "traced network")
     name = network.model.rpartition("-")[0]
     try:
-        found, graph_at = _from_model(name, network.input_shape, network.layers[-1].out_channels)
+        found, graph = _from_model(name, network.input_shape, network.layers[-1].out_channels)
     except EdgeCompressError:
         return network, None
-    return network, graph_at if found == network else None
+    return network, graph if found == network else None
 
 
 class _ProgressBar:

@@ -1,8 +1,8 @@
 """Measure kernels on this machine through ONNX Runtime: the runtime's own kernel times, with medians and spread.
 
-What is taken is the profiler's time of the convolution or linear node alone: a one-layer graph also quantises,
-transposes and reorders at its edges, which a network does not do at every layer. Weights and activations are warm in
-the cache: right for small networks, optimistic for those whose weights outgrow it.
+What is taken of a layer is the profiler's time of its convolution or linear node alone: a one-layer graph also
+quantises, transposes and reorders at its ends, which a network does not do at every layer. Those ends, and the
+operators without weights, are rows of their own (`around_edge`).
 """
 
 from __future__ import annotations
@@ -13,53 +13,86 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgecompress.errors import MissingBackendError
 from edgecompress.graph import Graph
-from edgecompress.latency_tables.onelayer import model_bytes, one_layer, supported
-from edgecompress.latency_tables.table import KernelKey, Provenance, Row, Setting, Status, Table, append_row
+from edgecompress.latency_tables.interpolate import family_of
+from edgecompress.latency_tables.onelayer import around_edge, model_bytes, one_layer, supported
+from edgecompress.latency_tables.table import (
+    EDGES,
+    KernelKey,
+    Provenance,
+    Row,
+    Setting,
+    Status,
+    Table,
+    append_row,
+    read_table,
+)
 
 LAYER_KERNELS = (
     "Conv", "FusedConv", "NhwcFusedConv", "QLinearConv", "ConvInteger", "Gemm", "FusedGemm", "QGemm", "MatMul",
     "FusedMatMul", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat",
 )  # fmt: skip
+FUSED = ("add", "multiply", "sigmoid", "hard_sigmoid", "hard_swish", "leaky_relu", "softmax")  # timed by difference
 WARMUP_S = 0.05
 WARMUP_RUNS = 5
 BATCH_S = 0.005
 MIN_BATCHES = 5
 STEADY = 0.02  # MAD / median of the batches at which a point is done
+MIN_RUNS = 10
+QUIET = 0.05
 MAX_RUNS = 1000  # reading the profiler's file takes longer than the runs themselves
 ANCHOR = KernelKey("conv", 64, 64, 3, 3, 1, 1, 1, 14, 14, 14, 14, "fp32", "fp32")
 ANCHOR_EVERY = 20
 ANCHOR_S = 0.1
+WORST = 5  # percent
+SUSPECT = 0.1
+SWEEP = range(48, 97)
+SWEEP_BYTES = 1 << 27  # more than the caches of any CPU here
+GAIN = 1.05
 DRIFT = 0.05  # of the anchor, beyond which its points are measured again
 
+Floats = NDArray[np.float64]
 Progress = Callable[[int, int, float], None]
 
 
 @dataclass(frozen=True)
 class Times:
-    """Microseconds of each run after the warm-up: of the layer kernels alone, and of the whole session (``wall``)."""
+    """Microseconds of each quiet run: of the layer kernels, and of the other nodes before, between and after them.
 
-    layers_us: np.ndarray[Any, Any]
-    wall_us: np.ndarray[Any, Any]
+    ``kernels`` are the operators that the runtime ran for layers, ``others`` the rest.
+    """
+
+    layers_us: Floats
+    before_us: Floats
+    between_us: Floats
+    after_us: Floats
     kernels: tuple[str, ...]
+    others: tuple[str, ...]
+    contended: bool = False
 
 
 @dataclass(frozen=True)
 class Done:
-    """How a series of points ended; ``drift`` is the anchor's largest departure from its fastest time."""
+    """How a series of points ended; ``anchors_us`` is what the anchor took, in order."""
 
     measured: int
     skipped: int
     unsupported: tuple[KernelKey, ...]
-    drift: float
+    anchors_us: tuple[float, ...] = ()
+
+    @property
+    def drift(self) -> float:
+        """The anchor's largest departure from its fastest time."""
+        return max(self.anchors_us) / min(self.anchors_us) - 1 if self.anchors_us else 0.0
 
 
 def this_setting(threads: int = 1) -> Setting:
@@ -146,16 +179,23 @@ def provenance(target: str, setting: Setting) -> Provenance:
     except PackageNotFoundError:
         own = "unknown (not installed)"
     return Provenance(
-        target=target, setting=setting, machine=machine_facts(), edgecompress_version=own, created_at=_now()
+        target=target, setting=setting, machine=machine_facts(), edgecompress_version=own, created_at=now()
     )
 
 
-def _now() -> str:
+def now() -> str:
+    """The time of a measurement, UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def measure_graph(graph: Graph, dtype: str, *, threads: int = 1, time_cap_s: float = 1.0, seed: int = 0) -> Times:
-    """Run ``graph`` at batch 1 with the runtime's profiler on, until its batches are steady or the time is up."""
+def measure_graph(
+    graph: Graph, dtype: str, *, threads: int = 1, time_cap_s: float = 1.0, seed: int = 0, cold: bool = False
+) -> Times:
+    """Run ``graph`` at batch 1 with the runtime's profiler on, until its batches are steady or the time is up.
+
+    Args:
+        cold: sweep the caches before every run, so that weights come from memory.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -170,69 +210,164 @@ def measure_graph(graph: Graph, dtype: str, *, threads: int = 1, time_cap_s: flo
         )
         name = graph.inputs[0]
         image = np.random.default_rng(seed).standard_normal((1, *graph.shapes[name])).astype(np.float32)
-        warm, wall = _run_until_steady(lambda: session.run(None, {name: image}), time_cap_s)
+        sweep = _Sweep() if cold else None
+        runs = run_until_steady(lambda: session.run(None, {name: image}), time_cap_s, MAX_RUNS, sweep)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    return _times(events, warm, wall)
+    return _times(events, runs)
 
 
-def _run_until_steady(run: Callable[[], object], time_cap_s: float) -> tuple[int, list[float]]:
-    """Warm up by time, then run batches. Returns how many runs were warm-up, and the wall time of each other, in us."""
+@dataclass(frozen=True)
+class Runs:
+    """Wall times of single runs in microseconds after ``warm`` runs of warm-up, and which of them nothing disturbed.
+
+    Another process on the machine shows as slow batches: `quiet` are the runs of batches whose median is at most `QUIET`
+    above the fastest batch's. ``contended`` says that fewer than `MIN_BATCHES` were so before the time was up.
+    """
+
+    warm: int
+    wall_us: Floats
+    quiet: NDArray[np.bool_]
+    contended: bool
+
+
+class _Sweep:
+    """Fills every cache with something else."""
+
+    def __init__(self) -> None:
+        self._buffer = np.zeros(SWEEP_BYTES, np.uint8)
+
+    def __call__(self) -> None:
+        self._buffer += 1
+
+
+def run_until_steady(
+    run: Callable[[], object],
+    time_cap_s: float,
+    most_runs: int | None = None,
+    before_each: Callable[[], object] | None = None,
+) -> Runs:
+    """Warm up by time, then run batches until `MIN_BATCHES` quiet ones agree to `STEADY`, or the time is up.
+
+    ``before_each`` is called before each run of a batch and not timed.
+    """
     start = time.perf_counter()
     warm = 0
     while warm < WARMUP_RUNS or time.perf_counter() - start < min(WARMUP_S, time_cap_s):
         run()
         warm += 1
     one = (time.perf_counter() - start) / warm
-    in_batch = max(1, min(round(BATCH_S / one), MAX_RUNS // MIN_BATCHES // 2))
+    in_batch = max(1, round(BATCH_S / one))
+    if most_runs is not None:
+        in_batch = min(in_batch, max(1, most_runs // MIN_BATCHES // 4))
     wall: list[float] = []
     medians: list[float] = []
     end = time.perf_counter() + time_cap_s
-    while len(wall) < MAX_RUNS:
+    while most_runs is None or len(wall) < most_runs:
         for _ in range(in_batch):
+            if before_each is not None:
+                before_each()
             before = time.perf_counter()
             run()
             wall.append((time.perf_counter() - before) * 1e6)
         medians.append(float(np.median(wall[-in_batch:])))
-        enough = len(medians) >= MIN_BATCHES and _mad(np.array(medians)) < STEADY * float(np.median(medians))
-        if enough or time.perf_counter() > end:
+        quiet = _quiet(medians)
+        settled = quiet[quiet > 0]
+        enough = len(settled) >= MIN_BATCHES and _mad(settled) < STEADY * float(np.median(settled))
+        if (enough and len(wall) >= MIN_RUNS) or time.perf_counter() > end:
             break
-    return warm, wall
+    calm = _quiet(medians) > 0
+    return Runs(warm, np.array(wall), np.repeat(calm, in_batch), bool(calm.sum() < MIN_BATCHES))
 
 
-def _times(events: list[dict[str, Any]], warm: int, wall: list[float]) -> Times:
-    """Sum the layer kernels of each run: the profiler writes one ``model_run`` at the end of each."""
-    runs: list[float] = []
-    kernels: dict[str, str] = {}
-    layers_us = 0.0
+def _quiet(medians: Sequence[float]) -> Floats:
+    """The medians of quiet batches; zero for the others."""
+    values = np.array(medians)
+    result: Floats = np.where(values <= values.min() * (1 + QUIET), values, 0.0)
+    return result
+
+
+def _times(events: list[dict[str, Any]], taken: Runs) -> Times:
+    """Sum the kernels of each run: the profiler writes one ``model_run`` at the end of each."""
+    runs: list[tuple[float, float, float, float]] = []
+    layers: dict[str, str] = {}
+    others: dict[str, str] = {}
+    nodes: list[tuple[bool, float]] = []
     for event in sorted(events, key=lambda e: e["ts"] + e.get("dur", 0)):
         operator = event.get("args", {}).get("op_name")
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and operator in LAYER_KERNELS:
-            layers_us += event["dur"]
-            kernels[event["name"]] = operator
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            is_layer = operator in LAYER_KERNELS
+            nodes.append((is_layer, float(event["dur"])))
+            (layers if is_layer else others)[event["name"]] = operator
         elif event.get("cat") == "Session" and event["name"] == "model_run":
-            runs.append(layers_us)
-            layers_us = 0.0
-    return Times(np.array(runs[warm:]), np.array(wall), tuple(kernels.values()))
+            runs.append(_parts(nodes))
+            nodes = []
+    by_part = np.array(runs[taken.warm :]).reshape(-1, 4)[taken.quiet].T
+    return Times(
+        by_part[0], by_part[1], by_part[2], by_part[3], tuple(layers.values()), tuple(others.values()), taken.contended
+    )
+
+
+def _parts(nodes: list[tuple[bool, float]]) -> tuple[float, float, float, float]:
+    """Time of the layers, and of the other nodes before the first, between, and after the last of them."""
+    where = [position for position, (is_layer, _) in enumerate(nodes) if is_layer]
+    first, last = (where[0], where[-1]) if where else (len(nodes), len(nodes))
+    layers = before = between = after = 0.0
+    for position, (is_layer, us) in enumerate(nodes):
+        if is_layer:
+            layers += us
+        elif position < first:
+            before += us
+        elif position < last:
+            between += us
+        else:
+            after += us
+    return layers, before, between, after
 
 
 def measure_kernel(key: KernelKey, *, threads: int = 1, time_cap_s: float = 1.0, seed: int = 0) -> Row:
-    """Measure one kernel. A kind that no one-layer graph exists for gets the status ``unsupported``."""
+    """Measure one kernel. A kind that no graph exists for gets the status ``unsupported``."""
     if not supported(key):
-        return Row(key, 0.0, 0.0, 0.0, 0.0, 0, "node_time", "", "unsupported", _now())
-    times = measure_graph(one_layer(key, seed), key.weight_dtype, threads=threads, time_cap_s=time_cap_s, seed=seed)
-    return row_of(key, times.layers_us, "node_time", "+".join(times.kernels))
+        return Row(key, 0.0, 0.0, 0.0, 0.0, 0, "node_time", "", "unsupported", now())
+
+    def run(graph: Graph) -> Times:
+        cold = key.working_set == "cold"
+        return measure_graph(graph, key.weight_dtype, threads=threads, time_cap_s=time_cap_s, seed=seed, cold=cold)
+
+    if key.kind not in EDGES:
+        times = run(one_layer(key, seed))
+        return row_of(key, times.layers_us, "node_time", "+".join(times.kernels), _status(times))
+    times = run(around_edge(key, present=True, seed=seed))
+    others = "+".join(times.others)
+    if key.kind in ("input", "output"):
+        own = times.before_us if key.kind == "input" else times.after_us
+        return row_of(key, own, "node_time", others, _status(times))
+    without = run(around_edge(key, present=False, seed=seed))
+    if len(times.others) > len(without.others) or key.kind not in FUSED:
+        return row_of(key, times.between_us, "node_time", others, _status(times))
+    base = middle(without.layers_us)
+    return row_of(key, times.layers_us - base, "fused", "+".join(times.kernels), _status(times, without))
 
 
-def row_of(key: KernelKey, us: np.ndarray[Any, Any], method: str, actual: str, status: Status = "ok") -> Row:
-    """The statistics of ``us`` as a row. The profiler counts whole microseconds: the median of a fast kernel is refined
-    by the mean of the middle half of its runs."""
-    p10, low, high, p90 = (float(value) for value in np.percentile(us, (10, 25, 75, 90)))
-    middle = us[(us >= low) & (us <= high)]
-    median = max(float(middle.mean()), 0.1)
-    return Row(key, median, _mad(us), p10, p90, len(us), method, actual, status, _now())
+def _status(*series: Times) -> Status:
+    return "contended" if any(times.contended for times in series) else "ok"
 
 
-def _mad(values: np.ndarray[Any, Any]) -> float:
+def row_of(key: KernelKey, us: Floats, method: str, actual: str, status: Status = "ok") -> Row:
+    """The statistics of ``us`` as a row; its median is refined by `middle`."""
+    p10, p90 = (float(value) for value in np.percentile(us, (10, 90)))
+    median = middle(us)
+    if key.kind not in EDGES:
+        median = max(median, 0.1)
+    return Row(key, max(median, 0.0), _mad(us), max(p10, 0.0), max(p90, 0.0), len(us), method, actual, status, now())
+
+
+def middle(us: Floats) -> float:
+    """The mean of the middle half: finer than the median where times are whole microseconds."""
+    low, high = np.percentile(us, (25, 75))
+    return float(us[(us >= low) & (us <= high)].mean())
+
+
+def _mad(values: Floats) -> float:
     return float(np.median(np.abs(values - np.median(values))))
 
 
@@ -248,7 +383,8 @@ def measure_points(
 
     The order is random, so that a drift of the machine does not look like a trend over channels. Every `ANCHOR_EVERY`
     points one fixed kernel is measured: where it is over `DRIFT` slower than at its fastest, the points since the last
-    anchor are measured once more, and marked ``contended`` if the anchor is slow again.
+    anchor are measured once more, and marked ``contended`` if the anchor is slow again. At the end the `WORST` share of
+    the points, by dispersion, is measured once more.
 
     Args:
         time_cap_s: seconds for one point after its warm-up.
@@ -258,26 +394,76 @@ def measure_points(
     todo = [key for key in dict.fromkeys(points) if key not in held]
     np.random.default_rng(seed).shuffle(todo)
     threads = table.provenance.setting.threads
-    skipped = len(set(points)) - len(todo)
-    unsupported: list[KernelKey] = []
-    worst, best, start = 0.0, float("inf"), time.perf_counter()
+    anchors: list[float] = []
+    done: dict[KernelKey, Row] = {}
+    start = time.perf_counter()
+
+    def take(key: KernelKey) -> None:
+        done[key] = measure_kernel(key, threads=threads, time_cap_s=time_cap_s, seed=seed)
+        append_row(table, done[key])
+
+    def anchor_is_slow() -> bool:
+        anchors.append(measure_kernel(ANCHOR, threads=threads, time_cap_s=max(time_cap_s, ANCHOR_S)).median_us)
+        return anchors[-1] > min(anchors) * (1 + DRIFT)
+
     for first in range(0, len(todo), ANCHOR_EVERY):
         block = todo[first : first + ANCHOR_EVERY]
-        for attempt in range(2):
-            rows = []
-            for number, key in enumerate(block):
-                rows.append(measure_kernel(key, threads=threads, time_cap_s=time_cap_s, seed=seed))
-                append_row(table, rows[-1])
-                done = first + number + 1
-                if progress is not None:
-                    progress(done, len(todo), (time.perf_counter() - start) / done * (len(todo) - done))
-            anchor = measure_kernel(ANCHOR, threads=threads, time_cap_s=max(time_cap_s, ANCHOR_S)).median_us
-            best = min(best, anchor)
-            if anchor <= best * (1 + DRIFT):
-                break
-            if attempt:
-                for row in rows:
-                    append_row(table, replace(row, status="contended" if row.status == "ok" else row.status))
-        worst = max(worst, anchor / best - 1)
-        unsupported += [row.key for row in rows if row.status == "unsupported"]
-    return Done(len(todo), skipped, tuple(unsupported), worst)
+        for number, key in enumerate(block, start=first + 1):
+            take(key)
+            if progress is not None:
+                progress(number, len(todo), (time.perf_counter() - start) / number * (len(todo) - number))
+        if anchor_is_slow():
+            for key in block:
+                take(key)
+            if anchor_is_slow():
+                for key in block:
+                    if done[key].status == "ok":
+                        append_row(table, replace(done[key], status="contended"))
+    for key in _worst(done):
+        take(key)
+    for key in _suspects(read_table(table.path).usable, done):
+        again = measure_kernel(key, threads=threads, time_cap_s=time_cap_s, seed=seed)
+        if again.median_us < done[key].median_us:  # another process only ever adds time
+            append_row(table, again)
+    unsupported = tuple(key for key, row in done.items() if row.status == "unsupported")
+    return Done(len(todo), len(set(points)) - len(todo), unsupported, tuple(anchors))
+
+
+def _worst(rows: Mapping[KernelKey, Row]) -> list[KernelKey]:
+    """The points with the largest dispersion, beyond what counting whole microseconds explains."""
+    noise = {key: (row.mad_us - 1) / max(row.median_us, 1) for key, row in rows.items() if row.status == "ok"}
+    ordered = sorted((key for key, value in noise.items() if value > STEADY), key=lambda key: -noise[key])
+    return ordered[: -(-len(rows) * WORST // 100)]
+
+
+def _suspects(rows: Mapping[KernelKey, Row], done: Mapping[KernelKey, Row]) -> list[KernelKey]:
+    """New rows that lie over `SUSPECT` above what the other rows of their family say."""
+    families: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows.values():
+        families.setdefault(row.key.family, []).append(row)
+    found = []
+    for own in families.values():
+        family = family_of(own)
+        if family is not None:
+            found += [row.key for row, ratio in zip(own, family.departures, strict=True) if ratio > 1 + SUSPECT]
+    return [key for key in found if key in done]
+
+
+def measure_divisor(dtype: str, *, threads: int = 1, time_cap_s: float = 0.2) -> int:
+    """Find the channel divisor of this device: a 3x3 convolution at every width of `SWEEP`, input and output alike."""
+    times = {}
+    for width in SWEEP:
+        key = ANCHOR._replace(in_channels=width, out_channels=width, weight_dtype=dtype, activation_dtype=dtype)
+        times[width] = measure_kernel(key, threads=threads, time_cap_s=time_cap_s).median_us
+    return divisor_of(times)
+
+
+def divisor_of(times_us: Mapping[int, float]) -> int:
+    """The largest of 32, 16, 8, 4, 2 whose multiples cost at least 5 % less per channel pair than the widths half-way
+    between them; 1 if none does."""
+    for divisor in (32, 16, 8, 4, 2):
+        whole = [us / width**2 for width, us in times_us.items() if width % divisor == 0]
+        between = [us / width**2 for width, us in times_us.items() if width % divisor == divisor // 2]
+        if whole and between and float(np.median(between)) > GAIN * float(np.median(whole)):
+            return divisor
+    return 1
