@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
-import platform
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from numpy.typing import NDArray
 
 from edgecompress.errors import MissingBackendError
 from edgecompress.graph import Graph
-from edgecompress.latency_tables.interpolate import family_of
+from edgecompress.latency_tables.machine import device_id, machine_facts
 from edgecompress.latency_tables.onelayer import around_edge, model_bytes, one_layer, supported
 from edgecompress.latency_tables.table import (
     EDGES,
@@ -32,9 +30,6 @@ from edgecompress.latency_tables.table import (
     Row,
     Setting,
     Status,
-    Table,
-    append_row,
-    read_table,
 )
 
 LAYER_KERNELS = (
@@ -48,17 +43,9 @@ BATCH_S = 0.005
 MIN_BATCHES = 5
 STEADY = 0.02  # MAD / median of the batches at which a point is done
 MIN_RUNS = 10
-QUIET = 0.05
+QUIET = 0.05  # of the fastest batch, up to which a batch counts as undisturbed
 MAX_RUNS = 1000  # reading the profiler's file takes longer than the runs themselves
-ANCHOR = KernelKey("conv", 64, 64, 3, 3, 1, 1, 1, 14, 14, 14, 14, "fp32", "fp32")
-ANCHOR_EVERY = 20
-ANCHOR_S = 0.1
-WORST = 5  # percent
-SUSPECT = 0.1
-SWEEP = range(48, 97)
 SWEEP_BYTES = 1 << 27  # more than the caches of any CPU here
-GAIN = 1.05
-DRIFT = 0.05  # of the anchor, beyond which its points are measured again
 
 Floats = NDArray[np.float64]
 Progress = Callable[[int, int, float], None]
@@ -80,21 +67,6 @@ class Times:
     contended: bool = False
 
 
-@dataclass(frozen=True)
-class Done:
-    """How a series of points ended; ``anchors_us`` is what the anchor took, in order."""
-
-    measured: int
-    skipped: int
-    unsupported: tuple[KernelKey, ...]
-    anchors_us: tuple[float, ...] = ()
-
-    @property
-    def drift(self) -> float:
-        """The anchor's largest departure from its fastest time."""
-        return max(self.anchors_us) / min(self.anchors_us) - 1 if self.anchors_us else 0.0
-
-
 def this_setting(threads: int = 1) -> Setting:
     """Device, runtime and threads as they are here.
 
@@ -111,63 +83,6 @@ def this_setting(threads: int = 1) -> Setting:
         device=device_id(), runtime="ONNX Runtime", runtime_version=onnxruntime.__version__,
         provider="CPUExecutionProvider", threads=threads,
     )  # fmt: skip
-
-
-def machine_facts() -> dict[str, str]:
-    """What identifies this machine and its state: CPU, the instructions that matter, cores, kernel, governor, load."""
-    info = _cpu_info()
-    flags = (info.get("flags") or info.get("Features") or "").split()
-    wanted = (
-        "avx2",
-        "avx512f",
-        "avx512_vnni",
-        "avx_vnni",
-        "avx512_bf16",
-        "amx_int8",
-        "asimd",
-        "asimddp",
-        "fphp",
-        "i8mm",
-        "sve",
-    )
-    name = info.get("model name") or _text_of("/proc/device-tree/model") or platform.processor() or platform.machine()
-    return {
-        "cpu": name,
-        "cpu_model": "/".join(info.get(key, "?") for key in ("cpu family", "model", "stepping")),
-        "flags": " ".join(flag for flag in wanted if flag in flags),
-        "cores": str(os.cpu_count() or 1),
-        "kernel": platform.release(),
-        "governor": _text_of("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "unknown",
-        "load": " ".join(f"{value:.2f}" for value in os.getloadavg()) if hasattr(os, "getloadavg") else "unknown",
-    }
-
-
-def device_id() -> str:
-    """A short name that is equal on equal CPUs: ``amd-epyc-25-17-1-avx512_vnni``."""
-    facts = machine_facts()
-    best = next(
-        (
-            flag
-            for flag in ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f", "avx2", "i8mm", "asimddp")
-            if flag in facts["flags"].split()
-        ),
-        "",
-    )
-    text = f"{facts['cpu']} {facts['cpu_model']} {best}".lower()
-    return "-".join("".join(c if c.isalnum() or c == "_" else " " for c in text).split())
-
-
-def _cpu_info() -> dict[str, str]:
-    text = _text_of("/proc/cpuinfo")
-    pairs = (line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
-    return {key.strip(): value.strip() for key, value in pairs}
-
-
-def _text_of(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").strip("\0\n ")
-    except OSError:
-        return ""
 
 
 def provenance(target: str, setting: Setting) -> Provenance:
@@ -221,7 +136,7 @@ class Runs:
     """Wall times of single runs in microseconds after ``warm`` runs of warm-up, and which of them nothing disturbed.
 
     Another process on the machine shows as slow batches: `quiet` are the runs of batches whose median is at most `QUIET`
-    above the fastest batch's. ``contended`` says that fewer than `MIN_BATCHES` were so before the time was up.
+    above the fastest batch's. ``contended`` says that fewer than half of the batches were.
     """
 
     warm: int
@@ -276,7 +191,7 @@ def run_until_steady(
         if (enough and len(wall) >= MIN_RUNS) or time.perf_counter() > end:
             break
     calm = _quiet(medians) > 0
-    return Runs(warm, np.array(wall), np.repeat(calm, in_batch), bool(calm.sum() < MIN_BATCHES))
+    return Runs(warm, np.array(wall), np.repeat(calm, in_batch), bool(2 * calm.sum() < len(calm)))
 
 
 def _quiet(medians: Sequence[float]) -> Floats:
@@ -369,101 +284,3 @@ def middle(us: Floats) -> float:
 
 def _mad(values: Floats) -> float:
     return float(np.median(np.abs(values - np.median(values))))
-
-
-def measure_points(
-    points: Sequence[KernelKey],
-    table: Table,
-    *,
-    time_cap_s: float = 1.0,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Done:
-    """Measure every point that ``table`` does not hold yet and append it at once: a kill loses at most one.
-
-    The order is random, so that a drift of the machine does not look like a trend over channels. Every `ANCHOR_EVERY`
-    points one fixed kernel is measured: where it is over `DRIFT` slower than at its fastest, the points since the last
-    anchor are measured once more, and marked ``contended`` if the anchor is slow again. At the end the `WORST` share of
-    the points, by dispersion, is measured once more.
-
-    Args:
-        time_cap_s: seconds for one point after its warm-up.
-        progress: called with points done, points to do, and the seconds left as far as can be told.
-    """
-    held = {key for key, row in table.rows.items() if row.status in ("ok", "unsupported")}
-    todo = [key for key in dict.fromkeys(points) if key not in held]
-    np.random.default_rng(seed).shuffle(todo)
-    threads = table.provenance.setting.threads
-    anchors: list[float] = []
-    done: dict[KernelKey, Row] = {}
-    start = time.perf_counter()
-
-    def take(key: KernelKey) -> None:
-        done[key] = measure_kernel(key, threads=threads, time_cap_s=time_cap_s, seed=seed)
-        append_row(table, done[key])
-
-    def anchor_is_slow() -> bool:
-        anchors.append(measure_kernel(ANCHOR, threads=threads, time_cap_s=max(time_cap_s, ANCHOR_S)).median_us)
-        return anchors[-1] > min(anchors) * (1 + DRIFT)
-
-    for first in range(0, len(todo), ANCHOR_EVERY):
-        block = todo[first : first + ANCHOR_EVERY]
-        for number, key in enumerate(block, start=first + 1):
-            take(key)
-            if progress is not None:
-                progress(number, len(todo), (time.perf_counter() - start) / number * (len(todo) - number))
-        if anchor_is_slow():
-            for key in block:
-                take(key)
-            if anchor_is_slow():
-                for key in block:
-                    if done[key].status == "ok":
-                        append_row(table, replace(done[key], status="contended"))
-    for key in _worst(done):
-        take(key)
-    for key in _suspects(read_table(table.path).usable, done):
-        again = measure_kernel(key, threads=threads, time_cap_s=time_cap_s, seed=seed)
-        if again.median_us < done[key].median_us:  # another process only ever adds time
-            append_row(table, again)
-    unsupported = tuple(key for key, row in done.items() if row.status == "unsupported")
-    return Done(len(todo), len(set(points)) - len(todo), unsupported, tuple(anchors))
-
-
-def _worst(rows: Mapping[KernelKey, Row]) -> list[KernelKey]:
-    """The points with the largest dispersion, beyond what counting whole microseconds explains."""
-    noise = {key: (row.mad_us - 1) / max(row.median_us, 1) for key, row in rows.items() if row.status == "ok"}
-    ordered = sorted((key for key, value in noise.items() if value > STEADY), key=lambda key: -noise[key])
-    return ordered[: -(-len(rows) * WORST // 100)]
-
-
-def _suspects(rows: Mapping[KernelKey, Row], done: Mapping[KernelKey, Row]) -> list[KernelKey]:
-    """New rows that lie over `SUSPECT` above what the other rows of their family say."""
-    families: dict[tuple[object, ...], list[Row]] = {}
-    for row in rows.values():
-        families.setdefault(row.key.family, []).append(row)
-    found = []
-    for own in families.values():
-        family = family_of(own)
-        if family is not None:
-            found += [row.key for row, ratio in zip(own, family.departures, strict=True) if ratio > 1 + SUSPECT]
-    return [key for key in found if key in done]
-
-
-def measure_divisor(dtype: str, *, threads: int = 1, time_cap_s: float = 0.2) -> int:
-    """Find the channel divisor of this device: a 3x3 convolution at every width of `SWEEP`, input and output alike."""
-    times = {}
-    for width in SWEEP:
-        key = ANCHOR._replace(in_channels=width, out_channels=width, weight_dtype=dtype, activation_dtype=dtype)
-        times[width] = measure_kernel(key, threads=threads, time_cap_s=time_cap_s).median_us
-    return divisor_of(times)
-
-
-def divisor_of(times_us: Mapping[int, float]) -> int:
-    """The largest of 32, 16, 8, 4, 2 whose multiples cost at least 5 % less per channel pair than the widths half-way
-    between them; 1 if none does."""
-    for divisor in (32, 16, 8, 4, 2):
-        whole = [us / width**2 for width, us in times_us.items() if width % divisor == 0]
-        between = [us / width**2 for width, us in times_us.items() if width % divisor == divisor // 2]
-        if whole and between and float(np.median(between)) > GAIN * float(np.median(whole)):
-            return divisor
-    return 1

@@ -16,19 +16,12 @@ from edgecompress.files import append_line, locked, write_document
 from edgecompress.graph import Graph
 from edgecompress.latency_tables.correct import network_id
 from edgecompress.latency_tables.interpolate import family_of
-from edgecompress.latency_tables.measure import (
-    Done,
-    Progress,
-    machine_facts,
-    measure_divisor,
-    measure_points,
-    now,
-    provenance,
-    this_setting,
-)
+from edgecompress.latency_tables.machine import machine_facts
+from edgecompress.latency_tables.measure import now, provenance, this_setting
 from edgecompress.latency_tables.onelayer import resized
 from edgecompress.latency_tables.points import LEVELS, kernel_points, random_points
 from edgecompress.latency_tables.predict import table_model, table_path, tables_folder
+from edgecompress.latency_tables.series import Done, Progress, measure_divisor, measure_points
 from edgecompress.latency_tables.table import KernelKey, Session, Table, open_table, read_table, sidecar
 from edgecompress.latency_tables.targets import is_this_machine
 from edgecompress.latency_tables.whole import (
