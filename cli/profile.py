@@ -10,7 +10,8 @@ import click
 from edgecompress.cli.flags import switch
 
 if TYPE_CHECKING:
-    from edgecompress.latency_tables.profile import GraphAt, Profiled, ProfileOptions
+    from edgecompress.graph import Graph
+    from edgecompress.latency_tables.profile import Profiled, ProfileOptions
     from edgecompress.latency_tables.remote import Device
     from edgecompress.spec import Network, Target
 
@@ -69,14 +70,14 @@ def command(
     known = target_by_name(target)
     if host is None and bundle is None:
         require_measurable(known, precisions)
-    network, graph_at = _from_run(run) if run is not None else network_of(str(model), shape_of(data_shape), classes)
+    network, graph = _from_run(run) if run is not None else network_of(str(model), shape_of(data_shape), classes)
     if bundle is not None:
-        _bundle(bundle, network, known, options, graph_at)
+        _bundle(bundle, network, known, options, graph)
         return
     device = Device(Host(host, ssh_options, device_python), known, _note, allow_mismatch) if host else None
     with _ProgressBar(as_json) as progress:
         try:
-            profiled = _measure(network, known, device, options, graph_at, progress)
+            profiled = _measure(network, known, device, options, graph, progress)
         except KeyboardInterrupt:
             click.echo("\nStopped. What was measured is kept; the same command goes on.", err=True)
             raise click.exceptions.Exit(130) from None
@@ -84,21 +85,21 @@ def command(
 
 
 def _measure(
-    network: Network, target: Target, device: Device | None, options: ProfileOptions, graph_at: GraphAt | None,
+    network: Network, target: Target, device: Device | None, options: ProfileOptions, graph: Graph | None,
     progress: _ProgressBar,
 ) -> Profiled:  # fmt: skip
     from edgecompress.latency_tables.profile import profile
     from edgecompress.latency_tables.remote import profile_host
 
     if device is None:
-        return profile(network, target, options, graph_at, progress)
-    return profile_host(network, device, options, graph_at, progress)
+        return profile(network, target, options, graph, progress)
+    return profile_host(network, device, options, graph, progress)
 
 
-def _bundle(folder: Path, network: Network, target: Target, options: ProfileOptions, graph_at: GraphAt | None) -> None:
+def _bundle(folder: Path, network: Network, target: Target, options: ProfileOptions, graph: Graph | None) -> None:
     from edgecompress.latency_tables.jobs import write_bundle
 
-    points = write_bundle(folder, network, target, options, graph_at)
+    points = write_bundle(folder, network, target, options, graph)
     click.echo(
         f"{folder}: {points} points. Carry the folder to the device, run 'python3 agent.py' in it, carry it back, then "
         f"run: edgecompress profile --collect {folder}"
@@ -126,25 +127,19 @@ def shape_of(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def network_of(name: str, shape: tuple[int, ...], classes: int) -> tuple[Network, GraphAt]:
-    """The traced network, and what builds it pruned."""
-    from collections.abc import Mapping
-
-    from edgecompress.graph import Graph, build_graph
+def network_of(name: str, shape: tuple[int, ...], classes: int) -> tuple[Network, Graph]:
+    """The traced network with the operators between its layers, and its graph."""
+    from edgecompress.edges import with_edges
+    from edgecompress.graph import build_graph
     from edgecompress.models import build_model
-    from edgecompress.prune import prune
     from edgecompress.trace import trace
 
     model = build_model(name, classes).eval()
-    traced = trace(model, shape, name)
-
-    def graph_at(keep: Mapping[str, int]) -> Graph:
-        return build_graph(prune(model, traced, keep), shape, name)
-
-    return traced.network, graph_at
+    graph = build_graph(model, shape, name)
+    return with_edges(trace(model, shape, name).network, graph), graph
 
 
-def _from_run(run: Path) -> tuple[Network, GraphAt | None]:
+def _from_run(run: Path) -> tuple[Network, Graph | None]:
     """The run's layers; the network itself too, if its name still builds one that fits them (weights do not matter)."""
     from edgecompress.errors import EdgeCompressError
     from edgecompress.files import read_document
@@ -153,10 +148,10 @@ def _from_run(run: Path) -> tuple[Network, GraphAt | None]:
     network = read_document(run / "layers.json", Network, "traced network")
     name = network.model.rpartition("-")[0]
     try:
-        found, graph_at = network_of(name, network.input_shape, network.layers[-1].out_channels)
+        found, graph = network_of(name, network.input_shape, network.layers[-1].out_channels)
     except EdgeCompressError:
         return network, None
-    return network, graph_at if found == network else None
+    return network, graph if found == network else None
 
 
 class _ProgressBar:

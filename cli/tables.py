@@ -186,9 +186,9 @@ def validate(
 
     found = read_table(table)
     target = target_by_name(found.provenance.target)
-    network, graph_at = network_of(model, shape_of(data_shape), classes)
+    network, graph = network_of(model, shape_of(data_shape), classes)
     result = validate(
-        found, target, network, graph_at, count=count, seconds=seconds, seed=seed, allow_mismatch=allow_mismatch
+        found, target, network, graph, count=count, seconds=seconds, seed=seed, allow_mismatch=allow_mismatch
     )
     if as_json:
         facts = {

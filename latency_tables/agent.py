@@ -37,17 +37,20 @@ WARMUP_RUNS = 5
 BATCH_S = 0.005
 MIN_BATCHES = 5
 STEADY = 0.02  # MAD / median of the batches at which a point is done
+MIN_RUNS = 10
+QUIET = 0.05  # of the fastest batch, up to which a batch counts as undisturbed
+SWEEP_BYTES = 1 << 27  # more than the caches of any CPU here
 MAX_RUNS = 1000  # reading the profiler's file takes longer than the runs themselves
 ANCHOR_EVERY = 20
 DRIFT = 0.05  # of the anchor, beyond which its points are measured again
 WORST_SHARE = 0.05  # of all points, the least steady ones, which are measured once more at the end
-STARVED = 0.9  # share of the time that the measuring thread must have had a core for
 STOLEN = 0.05  # share of the time that a hypervisor may have given to others
 COOLING_S = 60.0  # how long a throttled device is waited for before it is given up
 SILENCE_S = 60.0  # without a sign of life from the other end of the line after which the agent ends
 NO_RUNTIME, DISK_FULL, THROTTLED, BUSY = 4, 5, 6, 7
 
 Point = TypeVar("Point", bound=Hashable)
+Floats = Any  # an array of float64, which Python 3.8 cannot say at runtime
 
 
 class Problem(Exception):
@@ -61,50 +64,129 @@ class Problem(Exception):
 # --- one point ---------------------------------------------------------------------------------------------------------
 
 
-def run_until_steady(run: Callable[[], object], time_cap_s: float) -> tuple[int, list[float]]:
-    """Warm up by time, then run batches. Returns how many runs were warm-up, and the wall time of each other, in us."""
+class Runs:
+    """Wall times of single runs in microseconds after ``warm`` runs of warm-up, and which of them nothing disturbed.
+
+    Another process on the machine shows as slow batches: ``quiet`` are the runs of batches whose median is at most
+    `QUIET` above the fastest batch's. ``contended`` says that fewer than half of the batches were.
+    """
+
+    def __init__(self, warm: int, wall_us: Floats, quiet: Any, contended: bool) -> None:
+        self.warm, self.wall_us, self.quiet, self.contended = warm, wall_us, quiet, contended
+
+
+class Times:
+    """Microseconds of each quiet run by part: of the layer kernels, and of the other nodes before, between and after.
+
+    ``kernels`` are the operators that the runtime ran for layers, ``others`` the rest.
+    """
+
+    def __init__(
+        self, parts: dict[str, Floats], kernels: tuple[str, ...], others: tuple[str, ...], contended: bool
+    ) -> None:
+        self.parts, self.kernels, self.others, self.contended = parts, kernels, others, contended
+
+
+class Sweep:
+    """Fills every cache with something else."""
+
+    def __init__(self) -> None:
+        self._buffer = np.zeros(SWEEP_BYTES, np.uint8)
+
+    def __call__(self) -> None:
+        self._buffer += 1
+
+
+def run_until_steady(
+    run: Callable[[], object],
+    time_cap_s: float,
+    most_runs: int | None = None,
+    before_each: Callable[[], object] | None = None,
+) -> Runs:
+    """Warm up by time, then run batches until `MIN_BATCHES` quiet ones agree to `STEADY`, or the time is up.
+
+    ``before_each`` is called before each run of a batch and not timed.
+    """
     start = time.perf_counter()
     warm = 0
     while warm < WARMUP_RUNS or time.perf_counter() - start < min(WARMUP_S, time_cap_s):
         run()
         warm += 1
     one = (time.perf_counter() - start) / warm
-    in_batch = max(1, min(round(BATCH_S / one), MAX_RUNS // MIN_BATCHES // 2))
+    in_batch = max(1, round(BATCH_S / one))
+    if most_runs is not None:
+        in_batch = min(in_batch, max(1, most_runs // MIN_BATCHES // 4))
     wall: list[float] = []
     medians: list[float] = []
     end = time.perf_counter() + time_cap_s
-    while len(wall) < MAX_RUNS:
+    while most_runs is None or len(wall) < most_runs:
         for _ in range(in_batch):
+            if before_each is not None:
+                before_each()
             before = time.perf_counter()
             run()
             wall.append((time.perf_counter() - before) * 1e6)
         medians.append(float(np.median(wall[-in_batch:])))
-        enough = len(medians) >= MIN_BATCHES and mad(medians) < STEADY * float(np.median(medians))
-        if enough or time.perf_counter() > end:
+        quiet = _quiet(medians)
+        settled = quiet[quiet > 0]
+        enough = len(settled) >= MIN_BATCHES and mad(settled) < STEADY * float(np.median(settled))
+        if (enough and len(wall) >= MIN_RUNS) or time.perf_counter() > end:
             break
-    return warm, wall
+    calm = _quiet(medians) > 0
+    return Runs(warm, np.array(wall), np.repeat(calm, in_batch), bool(2 * calm.sum() < len(calm)))
 
 
-def kernel_times(
-    events: Iterable[dict[str, Any]], warm: int, operators: Iterable[str]
-) -> tuple[list[float], tuple[str, ...]]:
-    """Microseconds that the nodes of ``operators`` took in each run after the first ``warm``, and which nodes ran.
+def _quiet(medians: Sequence[float]) -> Floats:
+    """The medians of quiet batches; zero for the others."""
+    values = np.array(medians)
+    result: Floats = np.where(values <= values.min() * (1 + QUIET), values, 0.0)
+    return result
+
+
+def node_times(events: Iterable[dict[str, Any]], taken: Runs, operators: Iterable[str]) -> Times:
+    """Sum the nodes of each run; ``operators`` are those of layers.
 
     ``events`` are those of ONNX Runtime's profiler, which writes one ``model_run`` at the end of each run.
     """
     wanted = frozenset(operators)
-    runs: list[float] = []
-    kernels: dict[str, str] = {}
-    us = 0.0
+    runs: list[tuple[float, float, float, float]] = []
+    layers: dict[str, str] = {}
+    others: dict[str, str] = {}
+    nodes: list[tuple[bool, float]] = []
     for event in sorted(events, key=lambda e: e["ts"] + e.get("dur", 0)):
         operator = event.get("args", {}).get("op_name")
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and operator in wanted:
-            us += event["dur"]
-            kernels[event["name"]] = operator
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            nodes.append((operator in wanted, float(event["dur"])))
+            (layers if operator in wanted else others)[event["name"]] = operator
         elif event.get("cat") == "Session" and event["name"] == "model_run":
-            runs.append(us)
-            us = 0.0
-    return runs[warm:], tuple(kernels.values())
+            runs.append(_parts(nodes))
+            nodes = []
+    by_part = np.array(runs[taken.warm :]).reshape(-1, 4)[taken.quiet].T
+    parts = dict(zip(("layers", "before", "between", "after"), by_part))  # noqa: B905
+    return Times(parts, tuple(layers.values()), tuple(others.values()), taken.contended)
+
+
+def _parts(nodes: list[tuple[bool, float]]) -> tuple[float, float, float, float]:
+    """Time of the layers, and of the other nodes before the first, between, and after the last of them."""
+    where = [position for position, (is_layer, _) in enumerate(nodes) if is_layer]
+    first, last = (where[0], where[-1]) if where else (len(nodes), len(nodes))
+    layers = before = between = after = 0.0
+    for position, (is_layer, us) in enumerate(nodes):
+        if is_layer:
+            layers += us
+        elif position < first:
+            before += us
+        elif position < last:
+            between += us
+        else:
+            after += us
+    return layers, before, between, after
+
+
+def middle(us: Floats) -> float:
+    """The mean of the middle half: finer than the median where times are whole microseconds."""
+    low, high = np.percentile(us, (25, 75))
+    return float(us[(us >= low) & (us <= high)].mean())
 
 
 def mad(values: Any) -> float:
@@ -112,13 +194,11 @@ def mad(values: Any) -> float:
     return float(np.median(np.abs(np.asarray(values) - np.median(values))))
 
 
-def statistics(us: Any) -> dict[str, Any]:
-    """Of one point's runs. The profiler counts whole microseconds: the median of a fast kernel is refined by the mean
-    of the middle half of its runs."""
+def statistics(us: Any, smallest: float = 0.1) -> dict[str, Any]:
+    """Of one point's runs; the median is refined by `middle` and is at least ``smallest``."""
     values = np.asarray(us, dtype=float)
-    p10, low, high, p90 = (float(value) for value in np.percentile(values, (10, 25, 75, 90)))
-    middle = values[(values >= low) & (values <= high)]
-    median = max(float(middle.mean()), 0.1)
+    p10, p90 = (max(float(value), 0.0) for value in np.percentile(values, (10, 90)))
+    median = max(middle(values), smallest)
     return {"median_us": median, "mad_us": mad(values), "p10_us": p10, "p90_us": p90, "n_runs": len(values)}
 
 
@@ -184,7 +264,7 @@ def _worst(rows: dict[Point, dict[str, Any]]) -> list[Point]:
 
 
 def _spread(row: dict[str, Any]) -> float:
-    return float(row["mad_us"] / row["median_us"])
+    return float(row["mad_us"] / max(row["median_us"], 1.0))
 
 
 # --- the machine -------------------------------------------------------------------------------------------------------
@@ -304,24 +384,48 @@ class OnnxRuntime:
             ]
         return []
 
-    def measure(self, model: Any, point: dict[str, Any], time_cap_s: float) -> tuple[list[float], str]:
-        """Microseconds of each run of ``model`` (a path or bytes), and the kernels that really ran."""
+    def measure(self, models: Sequence[Any], point: dict[str, Any], time_cap_s: float) -> dict[str, Any]:
+        """Statistics of ``models`` (paths or bytes: the point, and where it has one the same without what is timed)."""
+        if point["method"] == "session":
+            wall = self._run(models[0], False, False, time_cap_s)[0]
+            return _measured(wall.wall_us[wall.quiet], "session", "whole network", wall.contended)
+        times = self.times(models[0], point, time_cap_s)
+        if len(models) == 1:
+            ran = times.kernels if point["part"] == "layers" else times.others
+            smallest = 0.1 if point["part"] == "layers" else 0.0
+            return _measured(times.parts[point["part"]], "node_time", "+".join(ran), times.contended, smallest)
+        without = self.times(models[1], point, time_cap_s)
+        if len(times.others) > len(without.others) or not point["fused"]:
+            return _measured(times.parts["between"], "node_time", "+".join(times.others), times.contended, 0.0)
+        more = times.parts["layers"] - middle(without.parts["layers"])
+        return _measured(more, "fused", "+".join(times.kernels), times.contended or without.contended, 0.0)
+
+    def times(self, model: Any, point: dict[str, Any], time_cap_s: float) -> Times:
+        """Times of the nodes of ``model`` under the profiler."""
+        runs, events = self._run(model, True, point["cold"], time_cap_s)
+        return node_times(events, runs, point["operators"])
+
+    def _run(self, model: Any, profiled: bool, cold: bool, time_cap_s: float) -> tuple[Runs, list[dict[str, Any]]]:
         options = self.module.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        profiled = point["method"] == "node_time"
+        options.enable_profiling = profiled
         with tempfile.TemporaryDirectory() as folder:
-            options.enable_profiling = profiled
             options.profile_file_prefix = os.path.join(folder, "profile")
             session = self.module.InferenceSession(model, options, providers=["CPUExecutionProvider"])
             feed = {entry.name: _random(entry) for entry in session.get_inputs()}
-            warm, wall = run_until_steady(lambda: session.run(None, feed), time_cap_s)
+            most = MAX_RUNS if profiled else None
+            runs = run_until_steady(lambda: session.run(None, feed), time_cap_s, most, Sweep() if cold else None)
             if not profiled:
-                return wall, "whole network"
+                return runs, []
             with open(session.end_profiling(), encoding="utf-8") as file:
-                us, kernels = kernel_times(json.load(file), warm, point["operators"])
-        return us, "+".join(kernels)
+                return runs, json.load(file)
+
+
+def _measured(us: Floats, method: str, actual: str, contended: bool, smallest: float = 0.1) -> dict[str, Any]:
+    status = "contended" if contended else "ok"
+    return {**statistics(us, smallest), "method": method, "actual_kernel": actual, "status": status}
 
 
 def _random(entry: Any) -> Any:
@@ -377,8 +481,18 @@ class TensorRT:
         known = "is not locked" if self.power["gpu_clock_locked"] is False else "may not be locked"
         return [f"The GPU clock {known}: for repeatable times run 'sudo nvpmodel -m 0' and 'sudo jetson_clocks' first."]
 
-    def measure(self, model: Any, point: dict[str, Any], time_cap_s: float) -> tuple[list[float], str]:
-        """Microseconds of each run on the GPU, and each layer of the engine with the precision that it really has."""
+    def measure(self, models: Sequence[Any], point: dict[str, Any], time_cap_s: float) -> dict[str, Any]:
+        """Statistics of the GPU's time; ``actual_kernel`` are the engine's layers with the precision that they really have.
+
+        What stands between layers is the difference of two engines.
+        """
+        us, actual, contended = self._time(models[0], point, time_cap_s)
+        if len(models) == 1:
+            return _measured(us, "engine", actual, contended)
+        without, _, also = self._time(models[1], point, time_cap_s)
+        return _measured(us - middle(without), "fused", actual, contended or also, 0.0)
+
+    def _time(self, model: Any, point: dict[str, Any], time_cap_s: float) -> tuple[Floats, str, bool]:
         with open(model, "rb") as file:
             data = file.read()
         args = self.tools.parse_arguments(["--fp16"] if point["dtype"] != "fp32" else [])
@@ -406,14 +520,15 @@ class TensorRT:
             times.append(self.cuda.elapsed_us(start, end))
 
         try:
-            warm, _ = run_until_steady(run, time_cap_s)
+            runs = run_until_steady(run, time_cap_s)
         finally:
             for event in (start, end):
                 self.cuda.call("cudaEventDestroy", event)
             for address in session.addresses:
                 self.cuda.call("cudaFree", self.tools.ctypes.c_void_p(address))
             self.cuda.call("cudaStreamDestroy", session.stream)
-        return times[warm:], "+".join("{type} {precision}".format(**layer) for layer in layers)
+        actual = "+".join("{type} {precision}".format(**layer) for layer in layers)
+        return np.array(times[runs.warm :])[runs.quiet], actual, runs.contended
 
 
 BACKENDS: dict[str, Any] = {"ONNX Runtime": OnnxRuntime, "TensorRT": TensorRT}
@@ -461,9 +576,8 @@ class Output:
 def measure_point(backend: Any, folder: str, point: dict[str, Any], time_cap_s: float) -> dict[str, Any]:
     """One row. A model that the runtime refuses is ``failed``; disturbed times are ``contended`` or ``throttled``."""
     steal, ticks = stolen()
-    wall, cpu = time.perf_counter(), time.thread_time()
     try:
-        us, actual = backend.measure(os.path.join(folder, point["model"]), point, time_cap_s)
+        row = backend.measure([os.path.join(folder, model) for model in point["models"]], point, time_cap_s)
     except (KeyboardInterrupt, SystemExit, MemoryError, BrokenPipeError):
         raise
     except Exception as error:  # whatever a runtime throws; the series goes on
@@ -473,18 +587,12 @@ def measure_point(backend: Any, folder: str, point: dict[str, Any], time_cap_s: 
             **zero, "n_runs": 0, "method": point["method"], "actual_kernel": "", "status": "failed",
             "measured_at": now(), "why": first[:300],
         }  # fmt: skip
-    share = (time.thread_time() - cpu) / (time.perf_counter() - wall)
     more_steal, more_ticks = stolen()
-    status = "ok"
-    if (more_steal - steal) > STOLEN * max(more_ticks - ticks, 1) or (
-        share < STARVED and isinstance(backend, OnnxRuntime)
-    ):
-        status = "contended"
+    if more_steal - steal > STOLEN * max(more_ticks - ticks, 1):
+        row["status"] = "contended"
     if throttled():
-        status = "throttled"
-    return {
-        **statistics(us), "method": point["method"], "actual_kernel": actual, "status": status, "measured_at": now(),
-    }  # fmt: skip
+        row["status"] = "throttled"
+    return {**row, "measured_at": now()}
 
 
 def run_job(folder: str, emit: Output, say: Callable[[str], None]) -> None:

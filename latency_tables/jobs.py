@@ -11,42 +11,43 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgecompress.cost import Kernel, kernels
+from edgecompress.cost import kernels
 from edgecompress.errors import BadFileError, UnknownNameError, UsageError
-from edgecompress.files import disk_error, locked, read_json, write_document, write_text
+from edgecompress.files import append_line, disk_error, locked, read_json, write_document, write_text
 from edgecompress.graph import Graph
 from edgecompress.latency_tables import agent
-from edgecompress.latency_tables.measure import (
-    ANCHOR,
-    ANCHOR_S,
-    LAYER_KERNELS,
-    Done,
-    measure_kernel,
-    provenance,
+from edgecompress.latency_tables.correct import network_id
+from edgecompress.latency_tables.measure import ENDS, graphs_of, how, measure_kernel, provenance
+from edgecompress.latency_tables.onelayer import resized, supported, with_synthetic_ranges
+from edgecompress.latency_tables.points import kernel_points, random_points
+from edgecompress.latency_tables.predict import table_path
+from edgecompress.latency_tables.profile import (
+    ADAPTIVE_PAIRS,
+    CHECK_NETWORKS,
+    Profiled,
+    ProfileOptions,
+    fit_and_check,
 )
-from edgecompress.latency_tables.onelayer import one_layer, supported, with_synthetic_ranges
-from edgecompress.latency_tables.points import kernel_points
-from edgecompress.latency_tables.predict import other_key, table_model, table_path
-from edgecompress.latency_tables.profile import GraphAt, Profiled, ProfileOptions
+from edgecompress.latency_tables.series import ANCHOR, ANCHOR_S, Done
 from edgecompress.latency_tables.table import (
     KernelKey,
-    Provenance,
     Row,
+    Session,
     Setting,
     Table,
     append_row,
-    kernel_key,
     open_table,
     read_table,
     sidecar,
 )
-from edgecompress.latency_tables.targets import is_device, running_precision
-from edgecompress.latency_tables.whole import Check, keep_channels, policy_at
+from edgecompress.latency_tables.targets import is_device
+from edgecompress.latency_tables.whole import NetworkRow, networks_file, policy_at, read_networks, sub_networks
 from edgecompress.spec import Network, Target
 
 TILE = 1 << 14  # bytes of random weights that repeat: a micro-model then packs well, and its time is the same
@@ -67,29 +68,27 @@ folder back (rows.jsonl and job.json are enough) and run on the machine that mad
 
 @dataclass(frozen=True)
 class Point:
-    """One thing to time. A whole network lists the ``kernels`` that it is made of; only a held-out one has ``built``."""
+    """One thing to time: a kernel, or a whole network at the channels ``keep`` (its ``key`` is None)."""
 
     id: str
-    key: KernelKey
-    model: Callable[[], bytes]
-    kernels: tuple[KernelKey, ...] = ()
-    built: tuple[Kernel, ...] = ()
+    dtype: str
+    models: Callable[[], list[bytes]]
+    key: KernelKey | None = None
+    keep: Mapping[str, int] | None = None
 
-    def spec(self, target: Target) -> dict[str, Any]:
-        """As it stands in job.json."""
-        engine = "engine" if target.exporter == "tensorrt" else None
-        method = engine or ("session" if self.kernels else "node_time")
-        return {
-            "id": self.id, "model": f"models/{self.id}.onnx", "dtype": self.key.weight_dtype, "method": method,
-            "operators": LAYER_KERNELS, "key": self.key, "kernels": self.kernels, "held_out": bool(self.built),
-        }  # fmt: skip
+    def spec(self, target: Target, count: int) -> dict[str, Any]:
+        """As it stands in job.json, where ``count`` models were written for it."""
+        taken = how(self.key) if self.key is not None else {"method": "session", "dtype": self.dtype}
+        if target.exporter == "tensorrt":
+            taken["method"] = "engine"
+        names = [f"models/{self.id}-{number}.onnx" for number in range(count)]
+        return {**taken, "id": self.id, "models": names, "key": self.key, "keep": self.keep}
 
 
 @dataclass
 class Received:
-    """What came back so far: whole networks by point, anchor times in microseconds, notes, and the device's last state."""
+    """What came back so far beside rows: anchor times in microseconds, notes, and the device's state."""
 
-    whole: dict[str, Row] = field(default_factory=dict)
     anchors: list[float] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     state: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -130,47 +129,63 @@ def require_precisions(target: Target, precisions: Sequence[str]) -> None:
             raise UnknownNameError("precision", precision, target.precisions)
 
 
-def points_of(network: Network, target: Target, options: ProfileOptions, graph_at: GraphAt | None) -> list[Point]:
-    """Everything to time for ``network``, kernels first in random order, then whole networks at known widths."""
-    keys = list(kernel_points(network, target.divisor, options.precisions, options.levels))
-    np.random.default_rng(options.seed).shuffle(keys)
-
-    def model_of(key: KernelKey) -> Callable[[], bytes]:
-        return lambda: device_model(one_layer(key, options.seed), key.weight_dtype, target, options.seed)
-
-    points = [Point(row_id(key), key, model_of(key)) for key in keys]
-    if graph_at is not None:
-        for dtype in options.precisions:
-            for fraction, seed in ((1.0, None), (0.5, None), (1.0, options.seed + 1)):
-                keep = keep_channels(network, target.divisor, fraction, seed=seed)
-                points.append(_whole(network, target, dtype, keep, graph_at, held_out=seed is not None))
+def points_of(network: Network, target: Target, options: ProfileOptions, graph: Graph | None) -> list[Point]:
+    """Everything to time for ``network``, kernels first in random order, then random sub-networks end to end."""
+    generator = np.random.default_rng(options.seed)
+    keys = [*kernel_points(network, target.divisor, options.precisions, options.levels)]
+    keys += random_points(network, target.divisor, options.precisions, generator, ADAPTIVE_PAIRS)
+    if target.exporter == "tensorrt":  # one engine cannot tell its ends from its layers, nor be timed with cold caches
+        keys = [key for key in keys if key.kind not in ENDS and key.working_set == "warm"]
+    keys = list(dict.fromkeys(keys))
+    generator.shuffle(keys)
+    points = [kernel_point(key, target, options.seed) for key in keys]
+    if graph is not None:
+        for number, keep in enumerate(sub_networks_of(network, target, options)):
+            for dtype in options.precisions:
+                points.append(_network_point(network, graph, target, number, keep, dtype))
     return points
 
 
-def _whole(
-    network: Network, target: Target, dtype: str, keep: Mapping[str, int], graph_at: GraphAt, *, held_out: bool
+def kernel_point(key: KernelKey, target: Target, seed: int = 0) -> Point:
+    """The point of one kernel."""
+
+    def models() -> list[bytes]:
+        return [device_model(graph, key.weight_dtype, target, seed) for graph in graphs_of(key, seed)]
+
+    return Point(row_id(key), key.weight_dtype, models, key)
+
+
+def sub_networks_of(network: Network, target: Target, options: ProfileOptions) -> list[dict[str, int]]:
+    """The sub-networks that a profile measures whole: those to fit to, then those to check with."""
+    return list(islice(sub_networks(network, target.divisor, options.seed), options.networks + CHECK_NETWORKS))
+
+
+def _network_point(
+    network: Network, graph: Graph, target: Target, number: int, keep: Mapping[str, int], dtype: str
 ) -> Point:
-    built = kernels(network, policy_at(network, keep, dtype))
-    key = other_key(built, dtype)
-    parts = tuple(kernel_key(kernel, running_precision(kernel, target)) for kernel in built)
-    name = f"held-out-{dtype}" if held_out else row_id(key)
-    return Point(name, key, lambda: device_model(graph_at(keep), dtype, target), parts, built if held_out else ())
+    def models() -> list[bytes]:
+        return [device_model(resized(graph, network, policy_at(network, keep, dtype)), dtype, target)]
+
+    return Point(f"network-{number}-{dtype}", dtype, models, keep=keep)
 
 
-def write_job(folder: Path, points: Iterable[Point], target: Target, options: ProfileOptions) -> None:
+def write_job(folder: Path, points: Iterable[Point], network: Network, target: Target, options: ProfileOptions) -> None:
     """Write a folder that ``python3 agent.py`` inside of it measures."""
-    anchor = Point("anchor", ANCHOR, lambda: device_model(one_layer(ANCHOR), "fp32", target))
-    chosen = list(points)
+    specs = []
     try:
         (folder / "models").mkdir(parents=True, exist_ok=True)
-        for point in [anchor, *chosen]:
-            (folder / "models" / f"{point.id}.onnx").write_bytes(point.model())
+        for point in (replace(kernel_point(ANCHOR, target), id="anchor"), *points):
+            models = point.models()
+            specs.append(point.spec(target, len(models)))
+            for name, data in zip(specs[-1]["models"], models, strict=True):
+                (folder / name).write_bytes(data)
     except OSError as error:
         raise disk_error(folder, error) from error
     job = {
         "version": 1, "target": target.name, "runtime": target.runtime, "threads": options.threads,
-        "time_cap_s": options.time_cap_s, "anchor_s": ANCHOR_S, "anchor": anchor.spec(target),
-        "points": [point.spec(target) for point in chosen],
+        "time_cap_s": options.time_cap_s, "anchor_s": ANCHOR_S, "anchor": specs[0], "points": specs[1:],
+        "network": network.model_dump(mode="json"), "precisions": options.precisions, "networks": options.networks,
+        "seed": options.seed,
     }  # fmt: skip
     write_text(folder / "job.json", json.dumps(job) + "\n")
     shutil.copyfile(Path(agent.__file__), folder / "agent.py")
@@ -180,9 +195,7 @@ def write_job(folder: Path, points: Iterable[Point], target: Target, options: Pr
         shutil.copyfile(Path(build_on_device.__file__), folder / "build_on_device.py")
 
 
-def write_bundle(
-    folder: Path, network: Network, target: Target, options: ProfileOptions, graph_at: GraphAt | None
-) -> int:
+def write_bundle(folder: Path, network: Network, target: Target, options: ProfileOptions, graph: Graph | None) -> int:
     """Write the whole job of ``network`` to be carried by hand; returns the number of points.
 
     Raises:
@@ -191,8 +204,8 @@ def write_bundle(
     require_precisions(target, options.precisions)
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"The folder {folder} is not empty. Name a new one with --bundle.")
-    points = [point for point in points_of(network, target, options, graph_at) if point.kernels or supported(point.key)]
-    write_job(folder, points, target, options)
+    points = [p for p in points_of(network, target, options, graph) if p.key is None or supported(p.key)]
+    write_job(folder, points, network, target, options)
     needs = "tensorrt 8.5 or later" if target.exporter == "tensorrt" else "onnxruntime"
     write_text(folder / "README", README.format(device=target.device, needs=needs))
     return len(points)
@@ -238,22 +251,21 @@ def row_of(record: Mapping[str, Any], key: KernelKey) -> Row:
     return Row(key=key, **values)
 
 
-def receive(record: Mapping[str, Any], specs: Mapping[str, Mapping[str, Any]], table: Table, into: Received) -> None:
-    """Put one record of an agent where it belongs: kernels into the table at once, the rest into ``into``."""
+def receive(
+    record: Mapping[str, Any], points: Mapping[str, Point], network: Network, table: Table, into: Received
+) -> None:
+    """Put one record of an agent where it belongs: rows into the table and its networks at once, the rest ``into``."""
     if "id" in record:
-        spec = specs.get(record["id"])
-        if spec is None:
+        point = points.get(record["id"])
+        if point is None:
             raise BadFileError(f"The device sent a row '{record['id']}' that the job does not have. Start over.")
-        row = row_of(record, KernelKey._make(spec["key"]))
         into.rows += 1
-        if row.status == "failed":
-            into.notes.append(
-                f"{row.key.kind} {row.key.in_channels} -> {row.key.out_channels}: {record.get('why', '')}"
-            )
-        if spec["kernels"]:
-            into.whole[record["id"]] = row
-        elif row.status != "failed" or row.key not in table.rows:
-            append_row(table, row)
+        if record["status"] == "failed":
+            into.notes.append(f"{point.id}: {record.get('why', '')}")
+        elif point.key is not None:
+            append_row(table, row_of(record, point.key))
+        elif point.keep is not None:
+            append_line(networks_file(table.path), _network_row(record, point, network))
     elif "anchor_us" in record:
         into.anchors.append(float(record["anchor_us"]))
     elif "note" in record:
@@ -263,49 +275,50 @@ def receive(record: Mapping[str, Any], specs: Mapping[str, Mapping[str, Any]], t
         into.finished = "done" in record
 
 
-def finish(
-    table: Table, target: Target, specs: Mapping[str, Mapping[str, Any]], into: Received, points: Sequence[Point] = ()
-) -> Profiled:
-    """Write what whole networks spend outside of their kernels, complete the provenance, and check held-out networks."""
+def _network_row(record: Mapping[str, Any], point: Point, network: Network) -> NetworkRow:
+    keep = dict(point.keep or {})
+    built = kernels(network, policy_at(network, keep, point.dtype))
+    values = {name: record[name] for name in ("median_us", "p10_us", "p90_us", "n_runs", "measured_at")}
+    return NetworkRow(
+        network=network_id(built), dtype=point.dtype, keep_channels=keep, contended=record["status"] == "contended",
+        **values,
+    )  # fmt: skip
+
+
+def finish(table: Table, target: Target, network: Network, options: ProfileOptions, into: Received) -> Profiled:
+    """Complete the provenance, fit the corrections to the whole networks, and check them on others."""
     table = read_table(table.path, table.provenance.setting)
-    whole = {name: row for name, row in into.whole.items() if row.status in ("ok", "contended")}
-    if any(not specs[name]["held_out"] for name in whole):
-        model = table_model(table, target)
-        for name, row in whole.items():
-            if not specs[name]["held_out"]:
-                inside = sum(model.predict(KernelKey._make(key)).us for key in specs[name]["kernels"])
-                values = {part: getattr(row, part) - inside for part in ("median_us", "p10_us", "p90_us")}
-                append_row(table, replace(row, **values, method="whole_minus_kernels"))
-    extended = _with_state(table.provenance, into)
-    write_document(sidecar(table.path), extended)
-    table = read_table(table.path, table.provenance.setting)
-    checks = [
-        Check(point.key.weight_dtype, table_model(table, target)(point.built).us, whole[point.id].median_us)
-        for point in points
-        if point.built and point.id in whole
-    ]
-    drift = max(into.anchors) / min(into.anchors) - 1 if into.anchors else 0.0
+    own = table.provenance
+    machine = {f"{name}_{when}": text for when, state in into.state.items() for name, text in state.items()}
+    session = Session(
+        ended_at=agent.now(), load_before=machine.get("load_before", "unknown"),
+        load_after=machine.get("load_after", "unknown"), anchors_us=tuple(into.anchors),
+    )  # fmt: skip
+    update = {"machine": {**own.machine, **machine}, "sessions": (*own.sessions, session)}
+    write_document(sidecar(table.path), own.model_copy(update=update))
+    table = read_table(table.path, own.setting)
+    keeps = sub_networks_of(network, target, options)
+    checks = fit_and_check(network, target, table, keeps, options) if read_networks(table.path) else []
     unsupported = tuple(key for key, row in table.rows.items() if row.status == "unsupported")
-    return Profiled(table, Done(into.rows, 0, unsupported, drift), tuple(checks))
+    done = Done(into.rows, 0, unsupported, tuple(into.anchors))
+    return Profiled(read_table(table.path, own.setting), done, tuple(checks))
 
 
-def _with_state(provenance: Provenance, into: Received) -> Provenance:
-    """Load, clocks and temperatures before and after, and the anchor series, beside the facts of the machine."""
-    told = {f"{name}_{when}": text for when, state in into.state.items() for name, text in state.items()}
-    if into.anchors:
-        told["anchor_us"] = " ".join(f"{us:.1f}" for us in into.anchors)
-    return provenance.model_copy(update={"machine": {**provenance.machine, **told}})
-
-
-def mark_unsupported(points: Iterable[Point], table: Table) -> list[Point]:
-    """Write a row for every kernel without a one-layer graph; returns the points that can be measured."""
-    possible = []
+def still_to_measure(points: Iterable[Point], table: Table) -> list[Point]:
+    """The points that the table does not hold; a kernel without a graph gets its row ``unsupported`` here."""
+    held = {key for key, row in table.rows.items() if row.status in HELD}
+    networks = {(row.dtype, tuple(row.keep_channels.items())) for row in read_networks(table.path)}
+    found = []
     for point in points:
-        if point.kernels or supported(point.key):
-            possible.append(point)
-        elif point.key not in table.rows:
-            append_row(table, measure_kernel(point.key))
-    return possible
+        if point.key is None:
+            if (point.dtype, tuple((point.keep or {}).items())) not in networks:
+                found.append(point)
+        elif not supported(point.key):
+            if point.key not in table.rows:
+                append_row(table, measure_kernel(point.key))
+        elif point.key not in held:
+            found.append(point)
+    return found
 
 
 def collect(
@@ -326,27 +339,39 @@ def collect(
     first = next((record for record in records if "setting" in record), None)
     if not isinstance(job, dict) or first is None:
         raise BadFileError(f"The job in {folder} was not measured yet. Run 'python3 agent.py' in it on the device.")
-    target = target_of(job["target"])
+    target, network = target_of(job["target"]), Network.model_validate(job["network"])
+    options = replace(options, precisions=tuple(job["precisions"]), networks=job["networks"], seed=job["seed"])
     if not allow_mismatch:
         refuse_other_device(target, first["machine"], str(folder))
+    points = {spec["id"]: _point_of(spec) for spec in job["points"]}
     table = table_for(target, first, options)
-    specs = {spec["id"]: spec for spec in job["points"]}
     into = Received()
     with locked(table.path.parent):
+        known = {(row.dtype, tuple(row.keep_channels.items())): row for row in read_networks(table.path)}
         skipped = 0
         for record in records:
-            key = KernelKey._make(specs[record["id"]]["key"]) if record.get("id") in specs else None
-            known = table.rows.get(key) if key is not None else None
-            if known is not None and known.measured_at >= record["measured_at"] and known.status in HELD:
-                skipped += 1
-                continue
-            receive(record, specs, table, into)
-        profiled = finish(table, target, specs, into)
+            point = points.get(record.get("id", ""))
+            if point is not None:
+                held: Row | NetworkRow | None = (
+                    table.rows.get(point.key)
+                    if point.key
+                    else known.get((point.dtype, tuple((point.keep or {}).items())))
+                )
+                if held is not None and held.measured_at >= record["measured_at"]:
+                    skipped += 1
+                    continue
+            receive(record, points, network, table, into)
+        profiled = finish(table, target, network, options, into)
     for text in dict.fromkeys(into.notes):
         note(text)
     if not into.finished:
         note(f"The job in {folder} has not ended yet: run 'python3 agent.py' in it again, then collect the rest.")
     return replace(profiled, done=replace(profiled.done, skipped=skipped))
+
+
+def _point_of(spec: Mapping[str, Any]) -> Point:
+    key = KernelKey._make(spec["key"]) if spec["key"] is not None else None
+    return Point(spec["id"], spec["dtype"], list, key, spec["keep"])
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

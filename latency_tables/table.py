@@ -18,14 +18,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, cast, get_args
 
-from edgecompress.cost import Kernel
+from pydantic import Field
+
+from edgecompress.cost import Edge, Kernel
 from edgecompress.errors import BadFileError
 from edgecompress.files import disk_error, read_document, write_bytes, write_document, write_text
-from edgecompress.spec import Document, Frozen
+from edgecompress.latency_tables.correct import Correction
+from edgecompress.spec import Document, EdgeKind, Frozen
 
 Dtype = Literal["fp32", "fp16", "int8"]
 Status = Literal["ok", "contended", "throttled", "unsupported", "failed"]
-OTHER = "other"
+WORD_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+EDGES: tuple[str, ...] = get_args(EdgeKind)
 USABLE: tuple[Status, ...] = ("ok", "contended")
 AGAIN = " again"  # ends the method of a row that replaces an earlier one of its key
 MADS = 3  # median absolute deviations by which two measurements of one kernel may differ
@@ -35,9 +39,9 @@ RESOLUTION_US = 1.0  # of ONNX Runtime's profiler: the smallest difference that 
 class KernelKey(NamedTuple):
     """Shape and precision of one fused kernel (convolution or linear layer with folded BatchNorm and activation).
 
-    The kind `OTHER` is what a whole network spends outside of such kernels: there ``in_channels`` counts the layers,
-    ``out_channels`` the elements that they put out, and ``in_h``, ``in_w`` are the first layer's. It may be below zero:
-    kernels are timed under the profiler, which adds about a microsecond to each, and a whole network without it.
+    ``working_set`` is ``warm`` where the weights were in the cache, ``cold`` where they came from memory.
+    One of the kinds `EDGES` is an operator without weights: what it adds to the time of the layers around it, which is
+    zero where the runtime fuses it.
     """
 
     kind: str
@@ -54,6 +58,7 @@ class KernelKey(NamedTuple):
     out_w: int
     weight_dtype: str
     activation_dtype: str
+    working_set: str = "warm"
 
     @property
     def family(self) -> tuple[object, ...]:
@@ -62,10 +67,20 @@ class KernelKey(NamedTuple):
 
     @property
     def macs(self) -> int:
-        """Dense multiply-adds of one image."""
+        """Dense multiply-adds of one image; of an edge, the elements that it writes."""
+        if self.kind in EDGES:
+            return self.out_channels * self.out_h * self.out_w
         inputs = 1 if self.kind == "depthwise" else self.in_channels // self.groups
         where = self.in_h * self.in_w if self.kind == "transposed" else self.out_h * self.out_w
         return inputs * self.out_channels * self.kernel_h * self.kernel_w * where
+
+
+def weight_bytes(key: KernelKey) -> int:
+    """Bytes of the weights as the kernel reads them."""
+    if key.kind in EDGES:
+        return 0
+    inputs = 1 if key.kind == "depthwise" else key.in_channels // key.groups
+    return inputs * key.out_channels * key.kernel_h * key.kernel_w * WORD_BYTES[key.weight_dtype]
 
 
 def kernel_key(kernel: Kernel, dtype: str) -> KernelKey:
@@ -75,6 +90,15 @@ def kernel_key(kernel: Kernel, dtype: str) -> KernelKey:
     return KernelKey(
         layer.kind, kernel.in_channels, kernel.out_channels, *layer.kernel, *layer.stride, groups, *layer.input_hw,
         *layer.output_hw, dtype, dtype,
+    )  # fmt: skip
+
+
+def edge_key(edge: Edge, dtype: str) -> KernelKey:
+    """The key of ``edge`` when the network runs in ``dtype``."""
+    spec = edge.spec
+    return KernelKey(
+        spec.kind, edge.channels, edge.channels, *spec.kernel, *spec.stride, 1, *spec.input_hw, *spec.output_hw, dtype,
+        dtype,
     )  # fmt: skip
 
 
@@ -89,14 +113,30 @@ class Setting(Frozen):
     batch: int = 1
 
 
+class Session(Frozen):
+    """One uninterrupted series of measurements."""
+
+    ended_at: str
+    load_before: str
+    load_after: str
+    anchors_us: tuple[float, ...] = ()
+
+
 class Provenance(Document):
-    """The JSON file beside a table: what was measured on, with what, when."""
+    """The JSON file beside a table: what was measured on, with what, when.
+
+    ``sessions`` has one entry for each time that rows were added: when it ended, the load before and after, and what the
+    anchor kernel took, in order. ``divisors`` are the channel divisors found on the device, by precision.
+    """
 
     target: str
     setting: Setting
     machine: dict[str, str]
     edgecompress_version: str
     created_at: str
+    sessions: tuple[Session, ...] = ()
+    divisors: dict[str, int] = Field(default={})
+    corrections: tuple[Correction, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,6 +169,7 @@ class Table:
         return {key: row for key, row in self.rows.items() if row.status in USABLE}
 
 
+TEXTS = 3  # fields at the end of a key that are no sizes
 _SETTING = tuple(Setting.model_fields)
 _VALUES = ("median_us", "mad_us", "p10_us", "p90_us", "n_runs", "method", "actual_kernel", "status", "measured_at")
 COLUMNS = (*_SETTING, *KernelKey._fields, *_VALUES)
@@ -293,7 +334,7 @@ def _row(path: Path, number: int, fields: list[str], own: list[str]) -> Row:
             f"{where} is of another {name} than the rest of the table ({sidecar(path).name}). Delete that line."
         )
     try:
-        sizes = [int(text) for text in shape[1:-2]]
+        sizes = [int(text) for text in shape[1:-TEXTS]]
         median, mad, p10, p90 = (float(text) for text in values[:4])
         runs = int(values[4])
     except ValueError as error:
@@ -305,9 +346,10 @@ def _row(path: Path, number: int, fields: list[str], own: list[str]) -> Row:
         )
     if min(sizes) < 1:
         raise BadFileError(f"{where} holds a size of {min(sizes)}, expected 1 or more. Delete that line.")
-    key = KernelKey._make([shape[0], *sizes, *shape[-2:]])
+    key = KernelKey._make([shape[0], *sizes, *shape[-TEXTS:]])
     finite = all(math.isfinite(number) for number in (median, mad, p10, p90))
-    if status in USABLE and not (finite and (key.kind == OTHER or (median > 0 and min(mad, p10, p90) >= 0))):
+    smallest = 0.0 if key.kind in EDGES else math.ulp(0.0)
+    if status in USABLE and not (finite and median >= smallest and min(mad, p10, p90) >= 0):
         raise BadFileError(
             f"{where} holds {values[0]} us, which is no latency; expected a number above zero. Delete that line."
         )

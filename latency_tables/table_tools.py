@@ -6,19 +6,21 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgecompress.cost import kernels
 from edgecompress.errors import BadFileError, UsageError
 from edgecompress.files import read_document
+from edgecompress.graph import Graph
+from edgecompress.latency_tables import agent
 from edgecompress.latency_tables.measure import this_setting
+from edgecompress.latency_tables.onelayer import resized
 from edgecompress.latency_tables.predict import table_model
-from edgecompress.latency_tables.profile import GraphAt
 from edgecompress.latency_tables.table import (
-    OTHER,
+    EDGES,
     USABLE,
     KernelKey,
     Provenance,
@@ -34,7 +36,7 @@ from edgecompress.latency_tables.table import (
     sidecar,
     whole_lines,
 )
-from edgecompress.latency_tables.whole import Check, check_table, keep_channels, policy_at
+from edgecompress.latency_tables.whole import Check, check, measure_network, policy_at, sub_networks
 from edgecompress.spec import Network, Target
 
 
@@ -57,7 +59,7 @@ def counts(table: Table) -> dict[tuple[str, str, str], int]:
 def holes(table: Table) -> Holes:
     """What is missing in ``table``."""
     status = Counter(row.status for row in table.rows.values())
-    families = Counter(key.family for key in table.usable if key.kind != OTHER)
+    families = Counter(key.family for key in table.usable if key.kind not in EDGES)
     return Holes(
         {name: count for name, count in status.items() if name not in USABLE}, status["contended"],
         sum(count == 1 for count in families.values()),
@@ -106,7 +108,7 @@ def compare(first: Table, second: Table) -> Comparison:
     Raises:
         UsageError: they have no kernel in common.
     """
-    one, two = ({key: row for key, row in t.usable.items() if key.kind != OTHER} for t in (first, second))
+    one, two = ({key: row for key, row in t.usable.items() if key.kind not in EDGES} for t in (first, second))
     pairs = tuple(Pair(row, two[key]) for key, row in one.items() if key in two)
     if not pairs:
         raise UsageError(f"{first.path} and {second.path} have no kernel in common. Compare tables of one network.")
@@ -196,7 +198,7 @@ def validate(
     table: Table,
     target: Target,
     network: Network,
-    graph_at: GraphAt,
+    graph: Graph,
     *,
     count: int = 10,
     seconds: float = 1.0,
@@ -214,10 +216,9 @@ def validate(
         refuse_mismatch(table.path, table.provenance.setting, this_setting(threads))
     model = table_model(table, target)
     result: dict[str, list[Check]] = {dtype: [] for dtype in sorted({key.weight_dtype for key in table.usable})}
-    for number in range(count):
-        keep = keep_channels(network, target.divisor, 1.0, seed=seed + number)
-        graph = graph_at(keep)
+    for keep in islice(sub_networks(network, target.divisor, seed), 1, count + 1):  # the first is unpruned
         for dtype, checks in result.items():
-            built = kernels(network, policy_at(network, keep, dtype))
-            checks.append(check_table(built, graph, model, threads=threads, seconds=seconds))
+            sized = resized(graph, network, policy_at(network, keep, dtype))
+            row = measure_network(network, sized, keep, dtype, threads=threads, seconds=seconds, now=agent.now())
+            checks.append(check(model, network, row))
     return {dtype: Validation(tuple(checks)) for dtype, checks in result.items()}

@@ -9,16 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_tensorrt import FakeCudaLibrary, fake_tensorrt
+from sample_networks import two_layers
 from sample_tables import conv_key
 
 from edgecompress.errors import BadFileError, UsageError
 from edgecompress.exporters import build_on_device
 from edgecompress.latency_tables import agent, jobs
-from edgecompress.latency_tables.jobs import Point, Received
+from edgecompress.latency_tables.jobs import Received
 from edgecompress.latency_tables.onelayer import one_layer
 from edgecompress.latency_tables.profile import ProfileOptions
 from edgecompress.latency_tables.table import KernelKey, read_table
 from edgecompress.latency_tables.targets import is_this_machine, target_by_name
+from edgecompress.trace import trace
 
 X86 = target_by_name("x86")
 JETSON = target_by_name("jetson")
@@ -26,13 +28,12 @@ here = pytest.mark.skipif(not is_this_machine(X86), reason="this machine is no x
 ROW = {"mad_us": 0.1, "p10_us": 1.0, "p90_us": 1.0, "n_runs": 9, "method": "node_time", "actual_kernel": "Conv"}
 
 
-def point(key, target=X86):
-    return Point(jobs.row_id(key), key, lambda: jobs.device_model(one_layer(key), key.weight_dtype, target))
+NETWORK = trace(two_layers(4).eval(), (3, 8, 8), "two").network
 
 
 def write_job(folder, target, keys, **options):
     options = ProfileOptions(**{"time_cap_s": 0.001, **options})
-    jobs.write_job(folder, [point(key, target) for key in keys], target, options)
+    jobs.write_job(folder, [jobs.kernel_point(key, target) for key in keys], NETWORK, target, options)
 
 
 def run_agent(folder):
@@ -77,7 +78,7 @@ def test_a_bundle_is_measured_in_two_goes_and_collected_twice(tmp_path):
     options, notes = ProfileOptions(out=tmp_path / "t.csv"), []
     first = jobs.collect(folder, target_by_name, options, notes.append)
     assert {*first.table.usable} == {conv_key(8, 8), conv_key(8, 16), conv_key(16, 16, "fp32")}
-    assert first.table.provenance.machine["architecture"] and "anchor_us" in first.table.provenance.machine
+    assert first.table.provenance.machine["architecture"] and first.table.provenance.sessions[0].anchors_us
     before = (tmp_path / "t.csv").read_bytes()
     jobs.collect(folder, target_by_name, options, notes.append)
     assert len((tmp_path / "t.csv").read_bytes()) >= len(before) and set(read_table(tmp_path / "t.csv").usable) == {
@@ -135,13 +136,14 @@ def test_the_least_steady_points_are_measured_again_and_the_steadier_row_stays()
 
 
 def test_disturbed_and_refused_models_are_marked(tmp_path, monkeypatch):
-    spec = point(conv_key(8, 8)).spec(X86)
-    slept = type(
-        "Slept", (agent.OnnxRuntime,), {"measure": lambda *_: (agent.time.sleep(0.05), ([5.0] * 9, "Conv"))[1]}
-    )
-    assert agent.measure_point(slept(), "", spec, 0.01)["status"] == "contended"  # another process had the core
+    spec = jobs.kernel_point(conv_key(8, 8), X86).spec(X86, 1)
+    fake = type("Fake", (agent.OnnxRuntime,), {"measure": lambda *_: row(5.0)})
+    steal = iter([(0, 0), (50, 100), (50, 100), (50, 200)])
+    monkeypatch.setattr(agent, "stolen", lambda: next(steal, (50, 300)))
+    assert agent.measure_point(fake(), "", spec, 0.01)["status"] == "contended"  # a hypervisor gave the core to others
+    assert agent.measure_point(fake(), "", spec, 0.01)["status"] == "ok"
     monkeypatch.setattr(agent, "throttled", lambda: True)
-    assert agent.measure_point(slept(), "", spec, 0.01)["status"] == "throttled"
+    assert agent.measure_point(fake(), "", spec, 0.01)["status"] == "throttled"
     missing = agent.measure_point(agent.OnnxRuntime(), str(tmp_path), spec, 0.01)
     assert missing["status"] == "failed" and missing["why"]
 
@@ -194,9 +196,9 @@ def test_tensorrt_builds_times_and_names_the_precision_that_runs(tmp_path, monke
     assert measured["actual_kernel"] == "conv INT8 -> FP16"
     assert trt.made.flags[-len(flags) or len(trt.made.flags) :] == flags
     table = jobs.table_for(JETSON, first, ProfileOptions(out=tmp_path / "t.csv"))
-    job, into = json.loads((tmp_path / "job.json").read_text()), Received()
+    made, into = jobs.kernel_point(conv_key(32, 32, dtype), JETSON), Received()
     for record in records:
-        jobs.receive(record, {spec["id"]: spec for spec in job["points"]}, table, into)
+        jobs.receive(record, {made.id: made}, NETWORK, table, into)
     assert set(read_table(table.path).usable) == {conv_key(32, 32, dtype)} and into.finished
     jobs.refuse_other_device(JETSON, first["machine"], "the desk")
     with pytest.raises(UsageError, match=r"compute capability 8\.7, a Jetson Nano.* has 5\.3"):
