@@ -222,7 +222,8 @@ def measure_series(
 
     Every ``every`` points one fixed kernel, the anchor, is measured: where it is over ``drift`` slower than at its
     fastest, the points since the last anchor are measured once more, and marked ``contended`` if it is slow again. At
-    the end the `WORST_SHARE` least steady and the contended points are measured once more, and the steadier row stays.
+    the end the `WORST_SHARE` least steady and the contended points are measured once more; a steadier row replaces the
+    earlier one, unless the anchor is still slow.
 
     Args:
         measure: one row: median_us, mad_us, status and whatever else ``write`` stores.
@@ -249,9 +250,16 @@ def measure_series(
                 if kept[point]["status"] == "ok":
                     kept[point] = dict(kept[point], status="contended")
                     write(point, kept[point])
-    for point in _worst(kept):
-        row = measure(point)
-        if row["status"] == "ok" and (kept[point]["status"] != "ok" or _spread(row) < _spread(kept[point])):
+    again = {point: measure(point) for point in _worst(kept)}
+    if again:
+        anchors.append(anchor_us())
+    slow = anchors[-1] > min(anchors) * (1 + drift)
+    for point, row in again.items():
+        if (
+            row["status"] == "ok"
+            and not slow
+            and (kept[point]["status"] != "ok" or _spread(row) < _spread(kept[point]))
+        ):
             write(point, row)
     return anchors
 
@@ -264,7 +272,8 @@ def _worst(rows: dict[Point, dict[str, Any]]) -> list[Point]:
 
 
 def _spread(row: dict[str, Any]) -> float:
-    return float(row["mad_us"] / max(row["median_us"], 1.0))
+    """Dispersion beyond what counting whole microseconds explains."""
+    return float((row["mad_us"] - 1) / max(row["median_us"], 1.0))
 
 
 # --- the machine -------------------------------------------------------------------------------------------------------

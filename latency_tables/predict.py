@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,11 @@ def tables_folder() -> Path:
     return cache_folder() / "tables"
 
 
+def shipped_tables() -> Path:
+    """Where the tables lie that ship with edgecompress; one is used where its device and runtime are this machine's."""
+    return Path(str(files("edgecompress.latency_tables").joinpath("data", "tables")))
+
+
 def table_path(target: Target, setting: Setting, folder: Path | None = None) -> Path:
     """The file of ``target``'s table in this setting; runtime versions and thread counts have their own."""
     runtime = setting.runtime.lower().replace(" ", "")
@@ -227,8 +233,8 @@ def find_table(
     """The table of ``target``: the file ``tables``, or one in the folder ``tables`` (by default the cache).
 
     A file that was named is taken or refused; ``allow_mismatch`` takes it although it is of another setting. In a
-    folder, only a table of this very device and runtime counts for the
-    machine that this program runs on; for another device, the newest of its tables.
+    folder, only a table of this very device and runtime counts for the machine that this program runs on (the cache's,
+    then one that ships); for another device, the newest of its tables.
 
     Raises:
         BadFileError: the named file is missing, broken, of another target or setting.
@@ -245,8 +251,9 @@ def find_table(
         return table
     folder = tables if tables is not None else tables_folder()
     if here is not None:
-        path = table_path(target, here, folder)
-        return read_table(path, here) if path.exists() else None
+        places = (folder,) if tables is not None else (folder, shipped_tables())
+        found_here = [path for path in (table_path(target, here, place) for place in places) if path.exists()]
+        return read_table(found_here[0], here) if found_here else None
     found = [p for p in sorted(folder.glob(f"{target.name}--*--t{threads}.csv")) if sidecar(p).exists()]
     newest = sorted((read_table(path) for path in found), key=lambda table: table.provenance.created_at)
     return newest[-1] if newest else None

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from edgecompress.latency_tables.agent import STEADY
+from edgecompress.latency_tables import agent
 from edgecompress.latency_tables.interpolate import family_of
 from edgecompress.latency_tables.measure import measure_kernel
 from edgecompress.latency_tables.table import KernelKey, Row, Table, append_row, read_table
 
 ANCHOR = KernelKey("conv", 64, 64, 3, 3, 1, 1, 1, 14, 14, 14, 14, "fp32", "fp32")
-ANCHOR_EVERY = 20
 ANCHOR_S = 0.1
-DRIFT = 0.05  # of the anchor, beyond which its points are measured again
-WORST = 5  # percent of the points, by dispersion, that are measured again
 SUSPECT = 0.1  # above its family, at which a point is measured again
 SWEEP = range(48, 97)  # widths at which the divisor is looked for
 GAIN = 1.05  # in time per channel pair, that a divisor must be worth
@@ -50,10 +48,8 @@ def measure_points(
 ) -> Done:
     """Measure every point that ``table`` does not hold yet and append it at once: a kill loses at most one.
 
-    The order is random, so that a drift of the machine does not look like a trend over channels. Every `ANCHOR_EVERY`
-    points one fixed kernel is measured: where it is over `DRIFT` slower than at its fastest, the points since the last
-    anchor are measured once more, and marked ``contended`` if the anchor is slow again. At the end the `WORST` share of
-    the points, by dispersion, is measured once more.
+    The order is random, and `agent.measure_series` watches it with an anchor. At the end, points far above their family
+    are measured once more.
 
     Args:
         time_cap_s: seconds for one point after its warm-up.
@@ -62,71 +58,31 @@ def measure_points(
     held = {key for key, row in table.rows.items() if row.status in ("ok", "unsupported")}
     todo = [key for key in dict.fromkeys(points) if key not in held]
     np.random.default_rng(seed).shuffle(todo)
-    series = _Series(table, time_cap_s, seed)
+    threads = table.provenance.setting.threads
+    done: dict[KernelKey, Row] = {}
     start = time.perf_counter()
-    for first in range(0, len(todo), ANCHOR_EVERY):
-        block = todo[first : first + ANCHOR_EVERY]
-        for number, key in enumerate(block, start=first + 1):
-            series.take(key)
-            if progress is not None:
-                progress(number, len(todo), (time.perf_counter() - start) / number * (len(todo) - number))
-        series.guard(block)
-    for key in _worst(series.done):
-        series.take(key)
-    for key in _suspects(read_table(table.path).usable, series.done):
-        series.take_if_faster(key)
-    unsupported = tuple(key for key, row in series.done.items() if row.status == "unsupported")
-    return Done(len(todo), len(set(points)) - len(todo), unsupported, tuple(series.anchors_us))
+    seen: set[KernelKey] = set()
 
+    def measured(key: KernelKey, cap_s: float = time_cap_s) -> dict[str, Any]:
+        return vars(measure_kernel(key, threads=threads, time_cap_s=cap_s, seed=seed))
 
-@dataclass
-class _Series:
-    """Points as they are measured, each appended to the table at once, and the anchor between them."""
+    def write(key: KernelKey, values: dict[str, Any]) -> None:
+        done[key] = Row(**values)
+        append_row(table, done[key])
+        seen.add(key)
+        if progress is not None:
+            progress(len(seen), len(todo), (time.perf_counter() - start) / len(seen) * (len(todo) - len(seen)))
 
-    table: Table
-    time_cap_s: float
-    seed: int
-    done: dict[KernelKey, Row] = field(default_factory=dict)
-    anchors_us: list[float] = field(default_factory=list)
+    def anchor_us() -> float:
+        return float(measured(ANCHOR, max(time_cap_s, ANCHOR_S))["median_us"])
 
-    def take(self, key: KernelKey) -> None:
-        self._keep(self._measured(key, self.time_cap_s))
-
-    def take_if_faster(self, key: KernelKey) -> None:
-        """Another process only ever adds time: of two measurements that disagree, the shorter is right."""
-        again = self._measured(key, self.time_cap_s)
-        if again.median_us < self.done[key].median_us:
-            self._keep(again)
-
-    def guard(self, block: Sequence[KernelKey]) -> None:
-        """Measure ``block`` once more if the anchor has become slow; mark it if the anchor stays so."""
-        if not self._anchor_is_slow():
-            return
-        for key in block:
-            self.take(key)
-        if self._anchor_is_slow():
-            for key in block:
-                if self.done[key].status == "ok":
-                    self._keep(replace(self.done[key], status="contended"))
-
-    def _anchor_is_slow(self) -> bool:
-        self.anchors_us.append(self._measured(ANCHOR, max(self.time_cap_s, ANCHOR_S)).median_us)
-        return self.anchors_us[-1] > min(self.anchors_us) * (1 + DRIFT)
-
-    def _measured(self, key: KernelKey, time_cap_s: float) -> Row:
-        threads = self.table.provenance.setting.threads
-        return measure_kernel(key, threads=threads, time_cap_s=time_cap_s, seed=self.seed)
-
-    def _keep(self, row: Row) -> None:
-        self.done[row.key] = row
-        append_row(self.table, row)
-
-
-def _worst(rows: Mapping[KernelKey, Row]) -> list[KernelKey]:
-    """The points with the largest dispersion, beyond what counting whole microseconds explains."""
-    noise = {key: (row.mad_us - 1) / max(row.median_us, 1) for key, row in rows.items() if row.status == "ok"}
-    ordered = sorted((key for key, value in noise.items() if value > STEADY), key=lambda key: -noise[key])
-    return ordered[: -(-len(rows) * WORST // 100)]
+    anchors = agent.measure_series(todo, measured, write, anchor_us, agent.ANCHOR_EVERY, agent.DRIFT)
+    for key in _suspects(read_table(table.path).usable, done):
+        again = measured(key)
+        if again["median_us"] < done[key].median_us:  # another process only ever adds time: the shorter is right
+            write(key, again)
+    unsupported = tuple(key for key, row in done.items() if row.status == "unsupported")
+    return Done(len(todo), len(set(points)) - len(todo), unsupported, tuple(anchors))
 
 
 def _suspects(rows: Mapping[KernelKey, Row], done: Mapping[KernelKey, Row]) -> list[KernelKey]:

@@ -117,18 +117,29 @@ def read_networks(table: Path) -> list[NetworkRow]:
     return read_lines(path, NetworkRow, "measured networks of the latency table") if path.exists() else []
 
 
+def averaged(rows: Sequence[NetworkRow]) -> list[NetworkRow]:
+    """One row per sub-network and precision: the mean of its sessions. Where a network's data comes to lie in the shared
+    cache differs from session to session, and with it the time of networks that fill the cache."""
+    groups: dict[tuple[str, str, tuple[tuple[str, int], ...]], list[NetworkRow]] = {}
+    for row in rows:
+        groups.setdefault((row.network, row.dtype, tuple(row.keep_channels.items())), []).append(row)
+    return [
+        own[0].model_copy(update={"median_us": float(np.mean([row.median_us for row in own]))})
+        for own in groups.values()
+    ]
+
+
 def corrections_of(model: TableModel, network: Network, rows: Sequence[NetworkRow]) -> list[Correction]:
     """Fit a correction per precision to those of ``rows`` that are versions of ``network``."""
     own = network_id(kernels(network, CompressionPolicy(model=network.model)))
     found = []
     for dtype in sorted({row.dtype for row in rows}):
         samples = []
-        for row in rows:
-            if row.network == own and row.dtype == dtype:
-                policy = policy_at(network, row.keep_channels, dtype)
-                built = kernels(network, policy)
-                sums = model.sums(built, edges(network, policy))
-                samples.append(Sample(sums, model.weight_bytes(built, dtype), row.median_us))
+        for row in averaged([row for row in rows if row.network == own and row.dtype == dtype]):
+            policy = policy_at(network, row.keep_channels, dtype)
+            built = kernels(network, policy)
+            sums = model.sums(built, edges(network, policy))
+            samples.append(Sample(sums, model.weight_bytes(built, dtype), row.median_us))
         correction = fit(own, dtype, samples)
         if correction is not None:
             found.append(correction)

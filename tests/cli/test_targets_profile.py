@@ -73,7 +73,7 @@ def test_profile_measures_resnet8_resumes_and_is_then_used(tmp_path, monkeypatch
     monkeypatch.setattr(series, "ANCHOR_S", 0.005)
     monkeypatch.setattr(agent, "WARMUP_S", 0.001)
     monkeypatch.setattr(agent, "QUIET", 1e9)
-    monkeypatch.setattr(series, "DRIFT", 1e9)
+    monkeypatch.setattr(agent, "DRIFT", 1e9)
     monkeypatch.setattr(series, "SWEEP", range(48, 52))
     monkeypatch.setattr("edgecompress.latency_tables.profile.CHECK_NETWORKS", 1)
     quick = ("--precision", "int8", "--time-cap", "0.003", "--levels", "2", "--json")
