@@ -1,4 +1,4 @@
-"""``edgecompress profile``: measure the latency table of one network on this machine."""
+"""``edgecompress profile``: measure the latency table of one network here, over ssh, or by a job carried by hand."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgecompress.cli.flags import switch
+
 if TYPE_CHECKING:
-    from edgecompress.latency_tables.profile import GraphAt, Profiled
-    from edgecompress.spec import Network
+    from edgecompress.graph import Graph
+    from edgecompress.latency_tables.profile import Profiled, ProfileOptions
+    from edgecompress.latency_tables.remote import Device
+    from edgecompress.spec import Network, Target
 
 
 @click.command("profile")
@@ -25,38 +29,96 @@ if TYPE_CHECKING:
 @click.option("--threads", default=1, show_default=True, help="Threads of the runtime; each count has its own table.")
 @click.option("--levels", default=10, show_default=True, help="Widths a side of each layer: 10 are up to 28 pairs.")
 @click.option("--out", type=click.Path(path_type=Path), help="Table (.csv) or folder; by default the cache.")
+@click.option("--host", metavar="USER@ADDRESS", help="Measure on that machine over ssh; it needs no edgecompress.")
+@click.option(
+    "--ssh-option", "ssh_options", multiple=True, metavar="NAME=VALUE", help="For ssh's -o; may be given often."
+)
+@click.option("--device-python", default="python3", show_default=True, help="Python on the device, with its runtime.")
+@click.option("--bundle", type=click.Path(path_type=Path, file_okay=False), help="Write the job as a folder to carry.")
+@click.option("--collect", type=click.Path(path_type=Path, file_okay=False), help="Bring a carried job's rows back.")
+@switch("allow-mismatch", help="Take the rows of a device although it is not the target's.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     target: str, run: Path | None, model: str | None, data_shape: str, classes: int, precision: str, time_cap: float,
-    threads: int, levels: int, out: Path | None, as_json: bool,
+    threads: int, levels: int, out: Path | None, host: str | None, ssh_options: tuple[str, ...], device_python: str,
+    bundle: Path | None, collect: Path | None, allow_mismatch: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure each layer at the widths a search may visit. Stop it any time: the same command goes on.
 
     \b
-    Example:
+    Examples:
       edgecompress profile --target x86 --model resnet8 --data-shape 3,32,32
+      edgecompress profile --host pi@10.0.0.5 --target raspberry-pi-5 --run runs/a
+      edgecompress profile --bundle job --target jetson --run runs/a
+      edgecompress profile --collect job
     """
     from edgecompress.errors import UsageError
-    from edgecompress.latency_tables.profile import ProfileOptions, profile, require_measurable
+    from edgecompress.latency_tables.profile import ProfileOptions, require_measurable
+    from edgecompress.latency_tables.remote import Device
+    from edgecompress.latency_tables.ssh import Host
     from edgecompress.latency_tables.targets import target_by_name
 
+    if sum(way is not None for way in (host, bundle, collect)) > 1:
+        raise UsageError("--host, --bundle and --collect exclude each other; give one of them.")
+    precisions = tuple(part.strip() for part in precision.split(",") if part.strip())
+    options = ProfileOptions(precisions, threads, time_cap, out, levels)
+    if collect is not None:
+        _collect(collect, options, allow_mismatch, as_json)
+        return
     if (run is None) == (model is None):
         raise UsageError("Give the network to measure: either --run RUN or --model NAME.")
-    device = target_by_name(target)
-    precisions = tuple(part.strip() for part in precision.split(",") if part.strip())
-    require_measurable(device, precisions)
-    network, graph_at = _from_run(run) if run is not None else _from_model(str(model), _shape(data_shape), classes)
-    options = ProfileOptions(precisions, threads, time_cap, out, levels)
+    known = target_by_name(target)
+    if host is None and bundle is None:
+        require_measurable(known, precisions)
+    network, graph = _from_run(run) if run is not None else network_of(str(model), shape_of(data_shape), classes)
+    if bundle is not None:
+        _bundle(bundle, network, known, options, graph)
+        return
+    device = Device(Host(host, ssh_options, device_python), known, _note, allow_mismatch) if host else None
     with _ProgressBar(as_json) as progress:
         try:
-            profiled = profile(network, device, options, graph_at, progress)
+            profiled = _measure(network, known, device, options, graph, progress)
         except KeyboardInterrupt:
             click.echo("\nStopped. What was measured is kept; the same command goes on.", err=True)
             raise click.exceptions.Exit(130) from None
     _report(profiled, as_json)
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def _measure(
+    network: Network, target: Target, device: Device | None, options: ProfileOptions, graph: Graph | None,
+    progress: _ProgressBar,
+) -> Profiled:  # fmt: skip
+    from edgecompress.latency_tables.profile import profile
+    from edgecompress.latency_tables.remote import profile_host
+
+    if device is None:
+        return profile(network, target, options, graph, progress)
+    return profile_host(network, device, options, graph, progress)
+
+
+def _bundle(folder: Path, network: Network, target: Target, options: ProfileOptions, graph: Graph | None) -> None:
+    from edgecompress.latency_tables.jobs import write_bundle
+
+    points = write_bundle(folder, network, target, options, graph)
+    click.echo(
+        f"{folder}: {points} points. Carry the folder to the device, run 'python3 agent.py' in it, carry it back, then "
+        f"run: edgecompress profile --collect {folder}"
+    )
+
+
+def _collect(folder: Path, options: ProfileOptions, allow_mismatch: bool, as_json: bool) -> None:
+    from edgecompress.latency_tables.jobs import collect
+    from edgecompress.latency_tables.targets import target_by_name
+
+    _report(collect(folder, target_by_name, options, _note, allow_mismatch=allow_mismatch), as_json)
+
+
+def _note(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def shape_of(text: str) -> tuple[int, ...]:
+    """Channels, height and width from ``3,32,32``; UsageError for anything else."""
     from edgecompress.errors import UsageError
 
     parts = text.split(",")
@@ -65,24 +127,19 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _from_model(name: str, shape: tuple[int, ...], classes: int) -> tuple[Network, GraphAt]:
-    from collections.abc import Mapping
-
-    from edgecompress.graph import Graph, build_graph
+def network_of(name: str, shape: tuple[int, ...], classes: int) -> tuple[Network, Graph]:
+    """The traced network with the operators between its layers, and its graph."""
+    from edgecompress.edges import with_edges
+    from edgecompress.graph import build_graph
     from edgecompress.models import build_model
-    from edgecompress.prune import prune
     from edgecompress.trace import trace
 
     model = build_model(name, classes).eval()
-    traced = trace(model, shape, name)
-
-    def graph_at(keep: Mapping[str, int]) -> Graph:
-        return build_graph(prune(model, traced, keep), shape, name)
-
-    return traced.network, graph_at
+    graph = build_graph(model, shape, name)
+    return with_edges(trace(model, shape, name).network, graph), graph
 
 
-def _from_run(run: Path) -> tuple[Network, GraphAt | None]:
+def _from_run(run: Path) -> tuple[Network, Graph | None]:
     """The run's layers; the network itself too, if its name still builds one that fits them (weights do not matter)."""
     from edgecompress.errors import EdgeCompressError
     from edgecompress.files import read_document
@@ -91,10 +148,10 @@ def _from_run(run: Path) -> tuple[Network, GraphAt | None]:
     network = read_document(run / "layers.json", Network, "traced network")
     name = network.model.rpartition("-")[0]
     try:
-        found, graph_at = _from_model(name, network.input_shape, network.layers[-1].out_channels)
+        found, graph = network_of(name, network.input_shape, network.layers[-1].out_channels)
     except EdgeCompressError:
         return network, None
-    return network, graph_at if found == network else None
+    return network, graph if found == network else None
 
 
 class _ProgressBar:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from edgecompress.spec import CompressionPolicy, Cost, LayerChoice, LayerSpec, Network, Source
+from edgecompress.spec import FLOAT_BITS, CompressionPolicy, Cost, EdgeSpec, LayerChoice, LayerSpec, Network, Source
 
 INPUT_BITS = 8
 
@@ -20,6 +20,15 @@ class Kernel:
     out_channels: int
     weight_bits: int
     activation_bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """One operator without weights at the channels it will have; ``bits`` are 8 where the network runs integers."""
+
+    spec: EdgeSpec
+    channels: int
+    bits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +47,9 @@ class Latency:
 
 
 class LatencyModel(Protocol):
-    """Predicts one image's latency on the target from the kernels that will run."""
+    """Predicts one image's latency on the target from the layers that will run, and the operators between them."""
 
-    def __call__(self, kernels: Sequence[Kernel]) -> Latency: ...
+    def __call__(self, kernels: Sequence[Kernel], edges: Sequence[Edge] = ()) -> Latency: ...
 
 
 class SizeModel(Protocol):
@@ -101,6 +110,22 @@ def kernels(network: Network, policy: CompressionPolicy) -> tuple[Kernel, ...]:
     return tuple(result)
 
 
+def edges(network: Network, policy: CompressionPolicy) -> tuple[Edge, ...]:
+    """The operators without weights under ``policy``. One integer layer makes the whole network run integers."""
+    original = network.widths
+    widths = original | policy.keep_channels
+    bits = min((choice.weight_bits for choice in policy.layers.values()), default=FLOAT_BITS)
+    bits = 8 if bits <= 8 else bits
+    return tuple(
+        Edge(
+            edge,
+            edge.channels - sum(t.per_channel * (original[t.group] - widths[t.group]) for t in edge.terms),
+            bits,
+        )
+        for edge in network.edges
+    )
+
+
 def count(
     network: Network, policy: CompressionPolicy, latency: LatencyModel | None = None, size: SizeModel | None = None
 ) -> Cost:
@@ -125,7 +150,7 @@ def count(
         input_bits = min(kernel.activation_bits, INPUT_BITS) if first else kernel.activation_bits
         bops += layer_cost * kernel.weight_bits * input_bits
     others = network.fixed_params + sum(g.norm_params_per_channel * widths[g.id] for g in network.groups)
-    predicted = latency(built) if latency else None
+    predicted = latency(built, edges(network, policy)) if latency else None
     counts = predicted.counts if predicted else {}
     return Cost(
         macs=macs,

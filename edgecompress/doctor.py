@@ -143,7 +143,7 @@ def _import_error(module: str) -> str:
 
 
 def _hardware() -> list[Finding]:
-    from edgecompress.latency_tables.measure import machine_facts
+    from edgecompress.latency_tables.agent import machine_facts
 
     facts = machine_facts()
     flags = facts["flags"].split()

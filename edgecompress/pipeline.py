@@ -14,6 +14,7 @@ from torch import nn
 from edgecompress.cost import LatencyModel, count
 from edgecompress.data import Dataset, load_data
 from edgecompress.describe import GraphModule, graph_of, traced_of
+from edgecompress.edges import with_edges
 from edgecompress.envs import Limit
 from edgecompress.errors import UnknownNameError, UsageError
 from edgecompress.exporters.formats import EXPORTERS, ExportSource, export
@@ -196,8 +197,9 @@ def prepare(
     shape = tuple(data.test.images.shape[1:])
     progress.stage("Trace the network", 1)
     traced = traced_of(original, shape, label(config.model))
-    write_document(run.file("layers.json"), traced.network)
     graph = graph_of(original, shape, config.model)
+    traced = replace(traced, network=with_edges(traced.network, graph))
+    write_document(run.file("layers.json"), traced.network)
     as_float = float_model(graph, metadata=metadata_of(data.preprocessing, data.classes)).SerializeToString()
     _check_same_original(run.file("exports") / ORIGINAL, as_float)
     write_bytes(run.file("exports") / ORIGINAL, as_float)

@@ -9,7 +9,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from edgecompress.cost import LatencyModel, average_weight_bits, channels, count, kernels, layer_macs
+from edgecompress.cost import LatencyModel, average_weight_bits, channels, count, layer_macs
 from edgecompress.evaluation import scored
 from edgecompress.exporters.artifacts import open_artifact
 from edgecompress.exporters.runners import measure_latency_us
@@ -62,7 +62,7 @@ def report_on(
             size_bytes=path.stat().st_size,
             accuracy=scored(path, open_artifact(path, threads=job.config.threads), job.data)[0],
             host_latency_us=timing[name]["median_us"] if name in timing else None,
-            predicted_host=predicted(on_host(kernels(job.network, _as_run(job, name, known, policy))))
+            predicted_host=predicted(job.network, _as_run(job, name, known, policy), on_host)
             if on_host and name in timing
             else None,
             checks=known[name].checks if name in known else {},

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from edgecompress.cost import Latency, LatencyModel, kernels
+from edgecompress.cost import Latency, LatencyModel, edges, kernels
 from edgecompress.errors import BadFileError
 from edgecompress.latency_tables.predict import latency_model
 from edgecompress.latency_tables.targets import all_targets, is_this_machine
 from edgecompress.spec import CompressionPolicy, LayerChoice, Network, Predicted, Target, weakest
 
 
-def predicted(latency: Latency) -> Predicted:
+def latency_of(network: Network, policy: CompressionPolicy, model: LatencyModel) -> Latency:
+    """What ``model`` says of a network under ``policy``."""
+    return model(kernels(network, policy), edges(network, policy))
+
+
+def predicted(network: Network, policy: CompressionPolicy, model: LatencyModel) -> Predicted:
     """A whole network's latency with the weakest evidence of its kernels."""
+    latency = latency_of(network, policy, model)
     source = weakest(source for source, count in latency.counts.items() if count)
     return Predicted(us=latency.us, low_us=latency.low_us, high_us=latency.high_us, source=source)
 
 
 def layer_latencies(network: Network, policy: CompressionPolicy, latency: LatencyModel) -> dict[str, Predicted]:
     """The part of every layer in the latency of ``policy``; empty where the model knows no layers."""
-    parts = latency(kernels(network, policy)).kernels
+    parts = latency_of(network, policy, latency).kernels
     names = [layer.name for layer in network.layers]
     return {name: Predicted(us=us, source=source) for name, (us, source) in zip(names, parts, strict=False)}
 

@@ -17,6 +17,10 @@ from edgecompress.errors import UnknownNameError, UsageError
 SCHEMA_VERSION = 1
 
 Kind = Literal["conv", "depthwise", "grouped", "transposed", "linear"]
+EdgeKind = Literal[
+    "input", "output", "add", "multiply", "concat", "max_pool", "average_pool", "global_pool", "sigmoid",
+    "hard_sigmoid", "hard_swish", "leaky_relu", "softmax"
+]  # fmt: skip
 Metric = Literal["flops", "params", "size", "bops", "latency"]
 Source = Literal["measured", "interpolated", "estimated"]
 Stage = Literal["prune", "quantize"]
@@ -41,6 +45,23 @@ class ChannelTerm(Frozen):
 
     group: str
     per_channel: int = Field(ge=1)
+
+
+class EdgeSpec(Frozen):
+    """An operator without weights that a runtime runs as a kernel of its own: it costs time, and nothing else.
+
+    ``channels`` are those that it writes (a concatenation writes all that it reads); ``terms`` say which groups they come
+    from. ``input`` and ``output`` are the conversions at the ends of an integer network.
+    """
+
+    name: str
+    kind: EdgeKind
+    channels: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: tuple[int, int] = (1, 1)
+    input_hw: tuple[int, int] = (1, 1)
+    output_hw: tuple[int, int] = (1, 1)
+    terms: tuple[ChannelTerm, ...] = ()
 
 
 class LayerSpec(Frozen):
@@ -87,6 +108,7 @@ class Network(Document):
     layers: tuple[LayerSpec, ...]
     groups: tuple[ChannelGroup, ...]
     fixed_params: int = 0
+    edges: tuple[EdgeSpec, ...] = ()
 
     @property
     def prunable_groups(self) -> tuple[ChannelGroup, ...]:

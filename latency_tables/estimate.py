@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import as_file, files
 
-from edgecompress.cost import Kernel, Latency, layer_macs
+from edgecompress.cost import Edge, Kernel, Latency, layer_macs
 from edgecompress.errors import BadFileError
 from edgecompress.files import read_document
 from edgecompress.latency_tables.targets import running_precision
@@ -59,8 +59,8 @@ class Estimator:
     target: Target
     coefficients: Mapping[str, Coefficients]
 
-    def __call__(self, kernels: Sequence[Kernel]) -> Latency:
-        """Estimate one image's latency.
+    def __call__(self, kernels: Sequence[Kernel], edges: Sequence[Edge] = ()) -> Latency:
+        """Estimate one image's latency; operators without weights are part of what was fitted to whole networks.
 
         Raises:
             BadFileError: nothing is known of a precision that a kernel runs in.

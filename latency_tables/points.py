@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgecompress.cost import Kernel
-from edgecompress.latency_tables.table import KernelKey, kernel_key
-from edgecompress.spec import ChannelTerm, LayerSpec, Network
+import numpy as np
+
+from edgecompress.cost import Edge, Kernel
+from edgecompress.latency_tables.table import KernelKey, edge_key, kernel_key, weight_bytes
+from edgecompress.spec import ChannelTerm, EdgeSpec, LayerSpec, Network
 
 LEVELS = 10  # widths a side: 10 on the diagonal and 9 more on each axis make 28 pairs a layer
 SMALLEST_WIDTH = 4
+COLD_BYTES = 1 << 17  # of weights, from which a kernel is also timed with its weights out of the cache
 
 
 def widths(width: int, divisor: int, levels: int = LEVELS) -> tuple[int, ...]:
@@ -37,6 +40,11 @@ def layer_pairs(layer: LayerSpec, network: Network, divisor: int, levels: int = 
     if layer.kind == "grouped":
         pairs = [(i, o) for i, o in pairs if i % layer.groups == 0 and o % layer.groups == 0]
     return tuple(dict.fromkeys(pairs))
+
+
+def edge_channels(edge: EdgeSpec, network: Network, divisor: int, levels: int = LEVELS) -> tuple[int, ...]:
+    """Channels that ``edge`` may have."""
+    return _side(edge.channels, edge.terms, network, divisor, levels)
 
 
 def _side(channels: int, terms: Sequence[ChannelTerm], network: Network, divisor: int, levels: int) -> tuple[int, ...]:
@@ -68,5 +76,35 @@ def kernel_points(
                 layer=layer, in_channels=in_channels, out_channels=out_channels, weight_bits=32, activation_bits=32
             )
             for precision in precisions:
-                points[kernel_key(kernel, precision)] = None
+                points |= dict.fromkeys(_working_sets(kernel_key(kernel, precision)))
+    for edge in network.edges:
+        for channels in edge_channels(edge, network, divisor, levels):
+            for precision in precisions:
+                points[edge_key(Edge(edge, channels, 32), precision)] = None
+    return tuple(points)
+
+
+def _working_sets(key: KernelKey) -> tuple[KernelKey, ...]:
+    """The kernel warm, and cold too where its weights are many enough to matter."""
+    return (key, key._replace(working_set="cold")) if weight_bytes(key) >= COLD_BYTES else (key,)
+
+
+def random_points(
+    network: Network, divisor: int, precisions: Sequence[str], generator: np.random.Generator, pairs: int
+) -> tuple[KernelKey, ...]:
+    """``pairs`` random (in, out) channels on the whole grid for each family of layers whose sides move apart."""
+    points: dict[KernelKey, None] = {}
+    families: dict[tuple[object, ...], int] = {}
+    for layer in network.layers:
+        if layer.kind in ("depthwise", "grouped") or not (layer.in_terms and layer.out_terms):
+            continue
+        inputs = _side(layer.in_channels, layer.in_terms, network, divisor, layer.in_channels)
+        outputs = _side(layer.out_channels, layer.out_terms, network, divisor, layer.out_channels)
+        for precision in precisions:
+            for _ in range(pairs):
+                kernel = Kernel(layer, int(generator.choice(inputs)), int(generator.choice(outputs)), 32, 32)
+                key = kernel_key(kernel, precision)
+                families[key.family] = families.get(key.family, 0) + 1
+                if families[key.family] <= pairs:
+                    points |= dict.fromkeys(_working_sets(key))
     return tuple(points)

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 
-from edgecompress.cost import Kernel, Latency, LatencyModel
+from edgecompress.cost import Edge, Kernel, Latency, LatencyModel
 from edgecompress.errors import BadFileError, MissingBackendError
 from edgecompress.files import cache_folder
+from edgecompress.latency_tables.correct import Correction, class_of, network_id
 from edgecompress.latency_tables.estimate import estimator_for
+from edgecompress.latency_tables.interpolate import Family, family_of
 from edgecompress.latency_tables.table import (
-    OTHER,
+    EDGES,
     KernelKey,
     Provenance,
     Row,
     Setting,
     Table,
+    edge_key,
     kernel_key,
+    mismatch,
     read_table,
+    refuse_mismatch,
     sidecar,
+    weight_bytes,
 )
 from edgecompress.latency_tables.targets import is_this_machine, running_precision
 from edgecompress.spec import Source, Target
+
+SIGMAS = 1.645  # of the correction's spread: the bounds hold nine networks of ten
 
 
 @dataclass(frozen=True)
@@ -39,41 +48,76 @@ class Value:
 
 @dataclass(frozen=True)
 class TableModel:
-    """A `LatencyModel` over one table: the sum of the kernels, and what the network spends outside of them.
+    """A `LatencyModel` over one table: the sum of its rows, corrected by what whole networks were seen to take.
 
-    A kernel is measured (its row is there), interpolated (its family has rows with fewer and with more channels; the
-    bounds are those rows), or estimated (scaled by MACs from rows of its kind; the bounds are their spread). Build it
-    with `table_model`.
+    A kernel is measured (its row is there), interpolated (its family has rows around it), or estimated (its family's
+    rows lie on one side, or only its kind has any). Build it with `table_model`.
     """
 
     target: Target
     rows: Mapping[KernelKey, Row]
     families: Mapping[tuple[object, ...], tuple[Row, ...]]
     kinds: Mapping[tuple[str, str], tuple[Row, ...]]
-    others: Mapping[tuple[object, ...], tuple[Row, ...]]
-    _answers: dict[tuple[object, ...], Value] = field(default_factory=dict, compare=False, repr=False)
+    corrections: Mapping[tuple[str, str], Correction] = field(default_factory=dict)
+    _answers: dict[object, Value] = field(default_factory=dict, compare=False, repr=False)
+    _cold: dict[object, tuple[int, float]] = field(default_factory=dict, compare=False, repr=False)
+    _families: dict[object, Family | None] = field(default_factory=dict, compare=False, repr=False)
 
-    def __call__(self, kernels: Sequence[Kernel]) -> Latency:
+    def __call__(self, kernels: Sequence[Kernel], edges: Sequence[Edge] = ()) -> Latency:
         """Predict one image's latency.
 
         Raises:
             BadFileError: the table holds nothing that such a kernel could be predicted from.
         """
-        counts: dict[Source, int] = {"measured": 0, "interpolated": 0, "estimated": 0}
-        us = low = high = 0.0
+        dtype = self.dtype_of(kernels)
         values = [self.kernel(kernel) for kernel in kernels]
-        for value in values:
-            us, low, high = us + value.us, low + value.low_us, high + value.high_us
+        between = [self.edge(edge, dtype) for edge in edges]
+        counts: dict[Source, int] = {"measured": 0, "interpolated": 0, "estimated": 0}
+        for value in (*values, *between):
             counts[value.source] += 1
-        # The rest may be below zero (see `KernelKey`), but never takes more than half of the kernels away.
-        other = max(self.other_us(kernels) or 0.0, -low / 2)
-        return Latency(
-            us=us + other, low_us=low + other, high_us=high + other, counts=counts,
-            kernels=tuple((value.us, value.source) for value in values),
-        )  # fmt: skip
+        parts = tuple((value.us, value.source) for value in values)
+        correction = self.corrections.get((network_id(kernels), dtype))
+        if correction is None:
+            everything = (*values, *between)
+            us, low, high = (sum(getattr(v, name) for v in everything) for name in ("us", "low_us", "high_us"))
+            return Latency(us=us, low_us=low, high_us=high, counts=counts, kernels=parts)
+        sums = _by_class(kernels, values, between) | {"cold": self.cold_us(kernels, dtype)}
+        us = max(correction(sums, self.weight_bytes(kernels, dtype)), 0.0)
+        reach = min(SIGMAS * max(correction.spread, 0.005), 0.9)
+        return Latency(us=us, low_us=us * (1 - reach), high_us=us * (1 + reach), counts=counts, kernels=parts)
+
+    def dtype_of(self, kernels: Sequence[Kernel]) -> str:
+        """The precision of the network as a whole: one integer layer makes it an integer network."""
+        found = {running_precision(kernel, self.target) for kernel in kernels}
+        return next((name for name in ("int8", "fp16") if name in found), "fp32")
+
+    def sums(self, kernels: Sequence[Kernel], edges: Sequence[Edge]) -> dict[str, float]:
+        """Microseconds of the rows by class of kernel: what a correction is fitted to."""
+        dtype = self.dtype_of(kernels)
+        values, between = [self.kernel(k) for k in kernels], [self.edge(e, dtype) for e in edges]
+        return _by_class(kernels, values, between) | {"cold": self.cold_us(kernels, dtype)}
+
+    def cold_us(self, kernels: Sequence[Kernel], dtype: str) -> float:
+        """What all layers together take longer when no weight is in the cache."""
+        return sum(self._weights(kernel, dtype)[1] for kernel in kernels)
+
+    def weight_bytes(self, kernels: Sequence[Kernel], dtype: str) -> int:
+        """Bytes of all weights as the kernels read them."""
+        return sum(self._weights(kernel, dtype)[0] for kernel in kernels)
+
+    def _weights(self, kernel: Kernel, dtype: str) -> tuple[int, float]:
+        """Bytes of a layer's weights, and the microseconds that they cost when they are cold."""
+        asked = (kernel.layer.name, kernel.layer.macs, kernel.in_channels, kernel.out_channels, dtype)
+        answer = self._cold.get(asked)
+        if answer is None:
+            key = kernel_key(kernel, dtype)
+            cold = key._replace(working_set="cold")
+            extra = self.predict(cold).us - self.kernel(kernel).us if cold.family in self.families else 0.0
+            answer = self._cold[asked] = (weight_bytes(key), max(extra, 0.0))
+        return answer
 
     def kernel(self, kernel: Kernel) -> Value:
-        """Predict one kernel. Answers are kept: asked again, it is one dictionary lookup."""
+        """Predict one layer. Answers are kept: asked again, it is one dictionary lookup."""
         layer = kernel.layer
         asked = (
             kernel.in_channels, kernel.out_channels, kernel.weight_bits, kernel.activation_bits, layer.kind,
@@ -84,18 +128,41 @@ class TableModel:
             value = self._answers[asked] = self.predict(kernel_key(kernel, running_precision(kernel, self.target)))
         return value
 
+    def edge(self, edge: Edge, dtype: str) -> Value:
+        """Predict one operator without weights; nothing where the table holds none of its kind."""
+        spec = edge.spec
+        asked = (edge.channels, dtype, spec.kind, spec.kernel, spec.stride, spec.input_hw, spec.output_hw)
+        value = self._answers.get(asked)
+        if value is None:
+            key = edge_key(edge, dtype)
+            known = (key.kind, dtype) in self.kinds
+            value = self._answers[asked] = self.predict(key) if known else Value(0.0, 0.0, 0.0, "estimated")
+        return value
+
     def predict(self, key: KernelKey) -> Value:
         """Predict the kernel ``key`` from the best evidence there is."""
         row = self.rows.get(key)
         if row is not None:
             return Value(row.median_us, min(row.p10_us, row.median_us), max(row.p90_us, row.median_us), "measured")
-        return _interpolated(key, self.families.get(key.family, ())) or _estimated(key, self._of_kind(key))
+        if key.family not in self._families:
+            self._families[key.family] = family_of(self.families.get(key.family, ()))
+        family = self._families[key.family]
+        if family is None:
+            return _estimated(key, self._of_kind(key))
+        us, low, high = family.predict(key.in_channels, key.out_channels)
+        around = family.covers(key.in_channels, key.out_channels)
+        return Value(us, low, high, "interpolated" if around else "estimated")
 
     def _of_kind(self, key: KernelKey) -> tuple[Row, ...]:
         same = self.kinds.get((key.kind, key.weight_dtype))
         if same:
             return same
-        found = tuple(row for (_, dtype), rows in self.kinds.items() if dtype == key.weight_dtype for row in rows)
+        found = tuple(
+            row
+            for (kind, dtype), rows in self.kinds.items()
+            if dtype == key.weight_dtype and kind not in EDGES
+            for row in rows
+        )
         if not found:
             raise BadFileError(
                 f"The latency table holds no {key.weight_dtype} kernel to predict {key.kind} {key.in_channels} -> "
@@ -103,19 +170,13 @@ class TableModel:
             )
         return found
 
-    def other_us(self, kernels: Sequence[Kernel]) -> float | None:
-        """Time outside of the layers' kernels: a line over the elements that the layers put out, through the rows of
-        such a network. None where the table has no such row."""
-        integer = any(running_precision(kernel, self.target) == "int8" for kernel in kernels)
-        asked = other_key(kernels, "int8" if integer else "fp32")
-        rows = self.others.get(_network_of(asked))
-        if not rows:
-            return None
-        first, last = rows[0], rows[-1]
-        if first is last:
-            return first.median_us
-        slope = (last.median_us - first.median_us) / (last.key.out_channels - first.key.out_channels)
-        return first.median_us + slope * (asked.out_channels - first.key.out_channels)
+
+def _by_class(kernels: Sequence[Kernel], values: Sequence[Value], between: Sequence[Value]) -> dict[str, float]:
+    sums = {"edges": sum(value.us for value in between)}
+    for kernel, value in zip(kernels, values, strict=True):
+        name = class_of(kernel)
+        sums[name] = sums.get(name, 0.0) + value.us
+    return sums
 
 
 def table_model(table: Table, target: Target) -> TableModel:
@@ -125,56 +186,20 @@ def table_model(table: Table, target: Target) -> TableModel:
         BadFileError: there is no usable row.
     """
     rows = table.usable
-    if not any(key.kind != OTHER for key in rows):
+    if not any(key.kind not in EDGES for key in rows):
         raise BadFileError(
             f"The latency table {table.path} holds no measured kernel. Go on with 'edgecompress profile'."
         )
     families: dict[tuple[object, ...], list[Row]] = {}
     kinds: dict[tuple[str, str], list[Row]] = {}
-    others: dict[tuple[object, ...], list[Row]] = {}
-    for key, row in sorted(rows.items()):
-        if key.kind == OTHER:
-            others.setdefault(_network_of(key), []).append(row)
-        else:
-            families.setdefault(key.family, []).append(row)
+    for key, row in rows.items():
+        families.setdefault(key.family, []).append(row)
+        if key.working_set == "warm":
             kinds.setdefault((key.kind, key.weight_dtype), []).append(row)
     return TableModel(
         target, rows, {k: tuple(v) for k, v in families.items()}, {k: tuple(v) for k, v in kinds.items()},
-        {k: tuple(v) for k, v in others.items()},
+        {(c.network, c.dtype): c for c in table.provenance.corrections},
     )  # fmt: skip
-
-
-def other_key(kernels: Sequence[Kernel], dtype: str) -> KernelKey:
-    """The key of what a network of these kernels spends outside of them (see `KernelKey`)."""
-    elements = sum(k.out_channels * k.layer.output_hw[0] * k.layer.output_hw[1] for k in kernels)
-    in_h, in_w = kernels[0].layer.input_hw
-    return KernelKey(OTHER, len(kernels), elements, 1, 1, 1, 1, 1, in_h, in_w, 1, 1, dtype, dtype)
-
-
-def _network_of(key: KernelKey) -> tuple[object, ...]:
-    return (key.in_channels, key.in_h, key.in_w, key.weight_dtype)
-
-
-def _interpolated(key: KernelKey, family: Sequence[Row]) -> Value | None:
-    """A line over MACs between the largest row with fewer and the smallest with more channels on both sides.
-
-    The rows lie on the target's channel grid, where time grows with width; one that a noisy machine turned over gives
-    the mean of the two.
-    """
-    fewer = [r for r in family if r.key.in_channels <= key.in_channels and r.key.out_channels <= key.out_channels]
-    more = [r for r in family if r.key.in_channels >= key.in_channels and r.key.out_channels >= key.out_channels]
-    if not fewer or not more:
-        return None
-    below = max(fewer, key=lambda row: row.key.macs)
-    above = min(more, key=lambda row: row.key.macs)
-    low, high = sorted((below.median_us, above.median_us))
-    share = (key.macs - below.key.macs) / max(above.key.macs - below.key.macs, 1)
-    us = (
-        below.median_us + share * (above.median_us - below.median_us)
-        if below.median_us <= above.median_us
-        else (low + high) / 2
-    )
-    return Value(us, low, high, "interpolated")
 
 
 def _estimated(key: KernelKey, rows: Sequence[Row]) -> Value:
@@ -191,6 +216,11 @@ def tables_folder() -> Path:
     return cache_folder() / "tables"
 
 
+def shipped_tables() -> Path:
+    """Where the tables lie that ship with edgecompress; one is used where its device and runtime are this machine's."""
+    return Path(str(files("edgecompress.latency_tables").joinpath("data", "tables")))
+
+
 def table_path(target: Target, setting: Setting, folder: Path | None = None) -> Path:
     """The file of ``target``'s table in this setting; runtime versions and thread counts have their own."""
     runtime = setting.runtime.lower().replace(" ", "")
@@ -204,15 +234,17 @@ def find_table(
     """The table of ``target``: the file ``tables``, or one in the folder ``tables`` (by default the cache).
 
     A file that was named is taken or refused; ``allow_mismatch`` takes it although it is of another setting. In a
-    folder, only a table of this very device and runtime counts for the
-    machine that this program runs on; for another device, the newest of its tables.
+    folder, only a table of this very device and runtime counts for the machine that this program runs on (the cache's,
+    then one that ships); for another device, the newest of its tables.
 
     Raises:
         BadFileError: the named file is missing, broken, of another target or setting.
     """
     here = _setting_here(threads) if is_this_machine(target) else None
     if tables is not None and not tables.is_dir():
-        table = read_table(tables, here, allow_mismatch=allow_mismatch)
+        table = read_table(tables)
+        if not allow_mismatch:
+            refuse_mismatch(tables, table.provenance.setting, _expected(table.provenance.setting, target, threads))
         if table.provenance.target != target.name:
             raise BadFileError(
                 f"The latency table {tables} is of target '{table.provenance.target}', not '{target.name}'."
@@ -220,11 +252,18 @@ def find_table(
         return table
     folder = tables if tables is not None else tables_folder()
     if here is not None:
-        path = table_path(target, here, folder)
-        return read_table(path, here) if path.exists() else None
+        places = (folder,) if tables is not None else (folder, shipped_tables())
+        found_here = [path for path in (table_path(target, here, place) for place in places) if path.exists()]
+        return read_table(found_here[0], here) if found_here else None
     found = [p for p in sorted(folder.glob(f"{target.name}--*--t{threads}.csv")) if sidecar(p).exists()]
     newest = sorted((read_table(path) for path in found), key=lambda table: table.provenance.created_at)
     return newest[-1] if newest else None
+
+
+def _expected(found: Setting, target: Target, threads: int) -> Setting:
+    """What a run of ``target`` takes for granted of a table: on this machine all, elsewhere the runtime and threads."""
+    here = _setting_here(threads) if is_this_machine(target) else None
+    return here or found.model_copy(update={"runtime": target.runtime, "threads": threads})
 
 
 def _setting_here(threads: int) -> Setting | None:
@@ -257,7 +296,10 @@ def latency_model(
     """
     table = find_table(target, tables, threads=threads, allow_mismatch=allow_mismatch)
     if table is not None and table.usable:
-        return table_model(table, target), describe(table.provenance, len(table.usable))
+        found = table.provenance.setting
+        differs = mismatch(found, _expected(found, target, threads))
+        warning = f"; NOT this run's setting: {differs}" if differs else ""
+        return table_model(table, target), describe(table.provenance, len(table.usable)) + warning
     if require_measured:
         raise MissingBackendError(
             f"There is no latency table for '{target.name}' on this device and runtime. Run 'edgecompress profile "

@@ -1,7 +1,9 @@
 """One measured device as a CSV that only grows, with a JSON file of provenance beside it.
 
 A row is keyed by the shape and precision of one fused kernel, never by a layer's position in a network. A later row
-with the same key replaces an earlier one. Rows of another device, runtime, version or thread count have their own file.
+with the same key replaces an earlier one if it says that it was measured again (`AGAIN`) or agrees with it; two that
+disagree in silence, as in files that were pasted together, are refused. Rows of another device, runtime, version or
+thread count have their own file.
 """
 
 from __future__ import annotations
@@ -11,28 +13,35 @@ import io
 import math
 import os
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, cast, get_args
 
-from edgecompress.cost import Kernel
+from pydantic import Field
+
+from edgecompress.cost import Edge, Kernel
 from edgecompress.errors import BadFileError
 from edgecompress.files import disk_error, read_document, write_bytes, write_document, write_text
-from edgecompress.spec import Document, Frozen
+from edgecompress.latency_tables.correct import Correction
+from edgecompress.spec import Document, EdgeKind, Frozen
 
 Dtype = Literal["fp32", "fp16", "int8"]
-Status = Literal["ok", "contended", "unsupported", "failed"]
-OTHER = "other"
+Status = Literal["ok", "contended", "throttled", "unsupported", "failed"]
+WORD_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+EDGES: tuple[str, ...] = get_args(EdgeKind)
 USABLE: tuple[Status, ...] = ("ok", "contended")
+AGAIN = " again"  # ends the method of a row that replaces an earlier one of its key
+MADS = 3  # median absolute deviations by which two measurements of one kernel may differ
+RESOLUTION_US = 1.0  # of ONNX Runtime's profiler: the smallest difference that means anything
 
 
 class KernelKey(NamedTuple):
     """Shape and precision of one fused kernel (convolution or linear layer with folded BatchNorm and activation).
 
-    The kind `OTHER` is what a whole network spends outside of such kernels: there ``in_channels`` counts the layers,
-    ``out_channels`` the elements that they put out, and ``in_h``, ``in_w`` are the first layer's. It may be below zero:
-    kernels are timed under the profiler, which adds about a microsecond to each, and a whole network without it.
+    ``working_set`` is ``warm`` where the weights were in the cache, ``cold`` where they came from memory.
+    One of the kinds `EDGES` is an operator without weights: what it adds to the time of the layers around it, which is
+    zero where the runtime fuses it.
     """
 
     kind: str
@@ -49,6 +58,7 @@ class KernelKey(NamedTuple):
     out_w: int
     weight_dtype: str
     activation_dtype: str
+    working_set: str = "warm"
 
     @property
     def family(self) -> tuple[object, ...]:
@@ -57,10 +67,20 @@ class KernelKey(NamedTuple):
 
     @property
     def macs(self) -> int:
-        """Dense multiply-adds of one image."""
+        """Dense multiply-adds of one image; of an edge, the elements that it writes."""
+        if self.kind in EDGES:
+            return self.out_channels * self.out_h * self.out_w
         inputs = 1 if self.kind == "depthwise" else self.in_channels // self.groups
         where = self.in_h * self.in_w if self.kind == "transposed" else self.out_h * self.out_w
         return inputs * self.out_channels * self.kernel_h * self.kernel_w * where
+
+
+def weight_bytes(key: KernelKey) -> int:
+    """Bytes of the weights as the kernel reads them."""
+    if key.kind in EDGES:
+        return 0
+    inputs = 1 if key.kind == "depthwise" else key.in_channels // key.groups
+    return inputs * key.out_channels * key.kernel_h * key.kernel_w * WORD_BYTES[key.weight_dtype]
 
 
 def kernel_key(kernel: Kernel, dtype: str) -> KernelKey:
@@ -70,6 +90,15 @@ def kernel_key(kernel: Kernel, dtype: str) -> KernelKey:
     return KernelKey(
         layer.kind, kernel.in_channels, kernel.out_channels, *layer.kernel, *layer.stride, groups, *layer.input_hw,
         *layer.output_hw, dtype, dtype,
+    )  # fmt: skip
+
+
+def edge_key(edge: Edge, dtype: str) -> KernelKey:
+    """The key of ``edge`` when the network runs in ``dtype``."""
+    spec = edge.spec
+    return KernelKey(
+        spec.kind, edge.channels, edge.channels, *spec.kernel, *spec.stride, 1, *spec.input_hw, *spec.output_hw, dtype,
+        dtype,
     )  # fmt: skip
 
 
@@ -84,14 +113,30 @@ class Setting(Frozen):
     batch: int = 1
 
 
+class Session(Frozen):
+    """One uninterrupted series of measurements."""
+
+    ended_at: str
+    load_before: str
+    load_after: str
+    anchors_us: tuple[float, ...] = ()
+
+
 class Provenance(Document):
-    """The JSON file beside a table: what was measured on, with what, when."""
+    """The JSON file beside a table: what was measured on, with what, when.
+
+    ``sessions`` has one entry for each time that rows were added: when it ended, the load before and after, and what the
+    anchor kernel took, in order. ``divisors`` are the channel divisors found on the device, by precision.
+    """
 
     target: str
     setting: Setting
     machine: dict[str, str]
     edgecompress_version: str
     created_at: str
+    sessions: tuple[Session, ...] = ()
+    divisors: dict[str, int] = Field(default={})
+    corrections: tuple[Correction, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,7 +161,7 @@ class Table:
 
     path: Path
     provenance: Provenance
-    rows: Mapping[KernelKey, Row]
+    rows: dict[KernelKey, Row]
 
     @property
     def usable(self) -> dict[KernelKey, Row]:
@@ -124,6 +169,7 @@ class Table:
         return {key: row for key, row in self.rows.items() if row.status in USABLE}
 
 
+TEXTS = 3  # fields at the end of a key that are no sizes
 _SETTING = tuple(Setting.model_fields)
 _VALUES = ("median_us", "mad_us", "p10_us", "p90_us", "n_runs", "method", "actual_kernel", "status", "measured_at")
 COLUMNS = (*_SETTING, *KernelKey._fields, *_VALUES)
@@ -148,7 +194,12 @@ def open_table(path: Path, provenance: Provenance) -> Table:
 
 
 def append_row(table: Table, row: Row) -> None:
-    """Add one row to the file and push it to the disk, so that a kill loses at most the line being written."""
+    """Add one row to the file and push it to the disk, so that a kill loses at most the line being written.
+
+    A row whose key the table holds already is marked as measured again.
+    """
+    if row.key in table.rows and not row.method.endswith(AGAIN):
+        row = replace(row, method=row.method + AGAIN)
     setting = table.provenance.setting
     shared = [str(getattr(setting, name)) for name in _SETTING]
     values = [
@@ -163,10 +214,11 @@ def append_row(table: Table, row: Row) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise disk_error(table.path, error) from error
+    table.rows[row.key] = row
 
 
 def read_table(path: Path, expected: Setting | None = None, *, allow_mismatch: bool = False) -> Table:
-    """Read and check a table. A last line torn by a kill is cut off the file with a warning.
+    """Read and check a table. A last line torn by a kill is cut off the file, a truncated one left out, with a warning.
 
     Args:
         expected: the setting that the caller will run; None takes whatever the table holds.
@@ -178,30 +230,84 @@ def read_table(path: Path, expected: Setting | None = None, *, allow_mismatch: b
     provenance = read_document(sidecar(path), Provenance, "provenance of the latency table")
     if expected is not None and not allow_mismatch:
         refuse_mismatch(path, provenance.setting, expected)
-    lines = _whole_lines(path)
-    if not lines or tuple(lines[0].split(",")) != COLUMNS:
-        raise BadFileError(
-            f"The latency table {path} has other columns than this edgecompress writes. Profile the device again."
-        )
     rows: dict[KernelKey, Row] = {}
-    own = [str(getattr(provenance.setting, name)) for name in _SETTING]
-    for number, fields in enumerate(csv.reader(lines[1:]), start=2):
-        row = _row(path, number, fields, own)
+    for _, row in numbered_rows(path, provenance, whole_lines(path)):
         rows[row.key] = row
     return Table(path, provenance, rows)
 
 
+def numbered_rows(path: Path, provenance: Provenance, lines: list[str]) -> Iterator[tuple[int, Row]]:
+    """Each row with the number of its line; the first of ``lines`` must be the columns' names.
+
+    Raises:
+        BadFileError: at the first line that is no row of this table.
+    """
+    for number, found in scan(path, provenance, lines):
+        if isinstance(found, BadFileError):
+            raise found
+        yield number, found
+
+
+def scan(path: Path, provenance: Provenance, lines: list[str]) -> Iterator[tuple[int, Row | BadFileError]]:
+    """Like `numbered_rows`, but an error stands where the row would, and the lines behind it follow."""
+    if not lines or tuple(lines[0].split(",")) != COLUMNS:
+        yield (
+            1,
+            BadFileError(
+                f"The latency table {path} has other columns than this edgecompress writes. Profile the device again."
+            ),
+        )
+        return
+    own = [str(getattr(provenance.setting, name)) for name in _SETTING]
+    seen: dict[KernelKey, tuple[int, Row]] = {}
+    for number, fields in enumerate(csv.reader(lines[1:]), start=2):
+        if len(fields) < len(COLUMNS):
+            warnings.warn(f"Line {number} of the latency table {path} is truncated and left out.", stacklevel=4)
+            continue
+        try:
+            row = _row(path, number, fields, own)
+        except BadFileError as error:
+            yield number, error
+            continue
+        before, earlier = seen.setdefault(row.key, (number, row))
+        if disagree(earlier, row) and not row.method.endswith(AGAIN):
+            yield (
+                number,
+                BadFileError(
+                    f"Line {number} of the latency table {path} says {row.median_us:.1f} us where line {before} says "
+                    f"{earlier.median_us:.1f} us for the same kernel. Delete the wrong one, or profile the device again."
+                ),
+            )
+            continue
+        seen[row.key] = (number, row)
+        yield number, row
+
+
+def disagree(one: Row, other: Row) -> bool:
+    """Whether two measurements of one kernel differ by more than `MADS` of the larger deviation."""
+    if one.status not in USABLE or other.status not in USABLE:
+        return False
+    return abs(one.median_us - other.median_us) > max(MADS * max(one.mad_us, other.mad_us), RESOLUTION_US)
+
+
 def refuse_mismatch(path: Path, found: Setting, expected: Setting) -> None:
     """Raise BadFileError if ``found`` differs from ``expected``, naming the first field that does."""
-    for name in _SETTING:
-        if getattr(found, name) != getattr(expected, name):
-            raise BadFileError(
-                f"The latency table {path} was measured with {name} = {getattr(found, name)}, this run has {name} = "
-                f"{getattr(expected, name)}. Profile this setting into its own table, or allow the mismatch on purpose."
-            )
+    differs = mismatch(found, expected)
+    if differs:
+        raise BadFileError(
+            f"The latency table {path} was measured in another setting than this run's: {differs}. Profile this setting "
+            "into its own table, or take it on purpose with --allow-mismatch."
+        )
 
 
-def _whole_lines(path: Path) -> list[str]:
+def mismatch(found: Setting, expected: Setting) -> str:
+    """The fields in which two settings differ, as ``threads = 2 instead of 1``; empty where they agree."""
+    pairs = [(name, getattr(found, name), getattr(expected, name)) for name in _SETTING]
+    return ", ".join(f"{name} = {own} instead of {wanted}" for name, own, wanted in pairs if own != wanted)
+
+
+def whole_lines(path: Path, *, mend: bool = True) -> list[str]:
+    """The lines of the file; what stands behind the last line's end is dropped, and with ``mend`` cut off the file."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -209,7 +315,8 @@ def _whole_lines(path: Path) -> list[str]:
     whole, newline, torn = raw.rpartition(b"\n")
     if torn:
         warnings.warn(f"The last line of the latency table {path} was torn by a kill and is dropped.", stacklevel=3)
-        write_bytes(path, whole + newline)
+        if mend:
+            write_bytes(path, whole + newline)
     try:
         return whole.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -227,7 +334,7 @@ def _row(path: Path, number: int, fields: list[str], own: list[str]) -> Row:
             f"{where} is of another {name} than the rest of the table ({sidecar(path).name}). Delete that line."
         )
     try:
-        sizes = [int(text) for text in shape[1:-2]]
+        sizes = [int(text) for text in shape[1:-TEXTS]]
         median, mad, p10, p90 = (float(text) for text in values[:4])
         runs = int(values[4])
     except ValueError as error:
@@ -239,9 +346,10 @@ def _row(path: Path, number: int, fields: list[str], own: list[str]) -> Row:
         )
     if min(sizes) < 1:
         raise BadFileError(f"{where} holds a size of {min(sizes)}, expected 1 or more. Delete that line.")
-    key = KernelKey._make([shape[0], *sizes, *shape[-2:]])
+    key = KernelKey._make([shape[0], *sizes, *shape[-TEXTS:]])
     finite = all(math.isfinite(number) for number in (median, mad, p10, p90))
-    if status in USABLE and not (finite and (key.kind == OTHER or (median > 0 and min(mad, p10, p90) >= 0))):
+    smallest = 0.0 if key.kind in EDGES else math.ulp(0.0)
+    if status in USABLE and not (finite and median >= smallest and min(mad, p10, p90) >= 0):
         raise BadFileError(
             f"{where} holds {values[0]} us, which is no latency; expected a number above zero. Delete that line."
         )

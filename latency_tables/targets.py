@@ -86,9 +86,15 @@ def running_precision(kernel: Kernel, target: Target) -> str:
 
 def is_this_machine(target: Target) -> bool:
     """Whether ``target`` is the kind of machine that this program runs on."""
-    if target.name == "x86":
-        return platform.machine().lower() in ("x86_64", "amd64")
     try:
-        return target.device in _BOARD_NAME.read_text(encoding="utf-8", errors="replace")
+        board = _BOARD_NAME.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return False
+        board = ""
+    return is_device(target, platform.machine(), board)
+
+
+def is_device(target: Target, architecture: str, board: str) -> bool:
+    """Whether a machine of this architecture, whose device tree calls it ``board`` (or nothing), is a ``target``."""
+    if target.name == "x86":
+        return architecture.lower() in ("x86_64", "amd64")
+    return target.device in board

@@ -1,25 +1,43 @@
-"""Whole networks on this machine: what they spend outside of their layers' kernels, and a held-out check of a table."""
+"""Whole pruned networks on this machine: what a correction is fitted to, and what a table is checked with."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from edgecompress.cost import Kernel, kernels
+from edgecompress.cost import edges, kernels
+from edgecompress.files import read_lines
 from edgecompress.graph import Graph
-from edgecompress.latency_tables.measure import row_of
+from edgecompress.latency_tables.agent import Runs, run_until_steady
+from edgecompress.latency_tables.correct import Correction, Sample, fit, network_id
 from edgecompress.latency_tables.onelayer import model_bytes
 from edgecompress.latency_tables.points import widths
-from edgecompress.latency_tables.predict import TableModel, other_key
-from edgecompress.latency_tables.table import KernelKey, Row
-from edgecompress.spec import CompressionPolicy, LayerChoice, Network
+from edgecompress.latency_tables.predict import TableModel
+from edgecompress.spec import CompressionPolicy, Frozen, LayerChoice, Network
+
+SPREAD = 0.35  # of the groups' keep ratios around the network's, as a standard deviation of their logarithm
+
+
+class NetworkRow(Frozen):
+    """One sub-network measured end to end: a line of the table's ``.networks.jsonl``."""
+
+    network: str
+    dtype: str
+    keep_channels: dict[str, int]
+    median_us: float
+    p10_us: float
+    p90_us: float
+    n_runs: int
+    contended: bool = False
+    measured_at: str
 
 
 @dataclass(frozen=True)
 class Check:
-    """A pruned network that no row was made from: what the table predicts, and what it takes."""
+    """A pruned network that nothing was fitted to: what the table predicts, and what it takes."""
 
     dtype: str
     predicted_us: float
@@ -33,68 +51,102 @@ class Check:
 
 def policy_at(network: Network, keep: Mapping[str, int], dtype: str) -> CompressionPolicy:
     """A policy with these widths and one precision everywhere."""
-    bits = 8 if dtype == "int8" else 32
+    bits = {"int8": 8, "fp16": 16}.get(dtype, 32)
     choice = LayerChoice(weight_bits=bits, activation_bits=bits)
     return CompressionPolicy(
         model=network.model, keep_channels=dict(keep), layers={layer.name: choice for layer in network.layers}
     )
 
 
-def keep_channels(network: Network, divisor: int, fraction: float, seed: int | None = None) -> dict[str, int]:
-    """Each prunable group at the width of its grid nearest to ``fraction``, or with a seed at a random one."""
-    generator = np.random.default_rng(seed) if seed is not None else None
-    keep = {}
-    for group in network.prunable_groups:
-        grid = widths(group.width, divisor)
-        keep[group.id] = (
-            int(generator.choice(grid)) if generator else min(grid, key=lambda c: abs(c - fraction * group.width))
-        )
-    return keep
+def sub_networks(network: Network, divisor: int, seed: int = 0) -> Iterator[dict[str, int]]:
+    """Random pruned versions of ``network`` on the channel grid, without end and each once; the first is unpruned.
+
+    A keep ratio is drawn for the network, and one around it for every group: alike as a search's policies are, unlike
+    enough to tell the layers apart.
+    """
+    yield network.widths
+    generator = np.random.default_rng(seed)
+    grids = {group.id: np.array(widths(group.width, divisor, group.width)) for group in network.prunable_groups}
+    seen = {tuple(network.widths[name] for name in grids)}
+    for _ in range(1000):
+        ratio = generator.uniform(0.25, 1.0)
+        keep = {
+            name: int(grid[np.argmin(np.abs(grid - grid[-1] * min(ratio * generator.lognormal(0.0, SPREAD), 1.0)))])
+            for name, grid in grids.items()
+        }
+        if tuple(keep.values()) not in seen:
+            seen.add(tuple(keep.values()))
+            yield keep
 
 
-def whole_us(graph: Graph, dtype: str, *, threads: int, seconds: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Times of single images through a session without profiler, in microseconds, after a warm-up."""
-    import time
-
+def whole_us(model: bytes, shape: tuple[int, ...], *, threads: int, seconds: float) -> Runs:
+    """Time single images ``[1, *shape]`` through a session without profiler."""
     from edgecompress.exporters.runners import OnnxRuntimeRunner
 
-    runner = OnnxRuntimeRunner(model_bytes(graph, dtype), threads=threads)
-    image = np.random.default_rng(0).standard_normal((1, *graph.shapes[graph.inputs[0]])).astype(np.float32)
-    end = time.perf_counter() + min(0.2, seconds)
-    while time.perf_counter() < end:
-        runner.run(image)
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 10:
-        start = time.perf_counter()
-        runner.run(image)
-        times.append((time.perf_counter() - start) * 1e6)
-    return np.array(times)
+    runner = OnnxRuntimeRunner(model, threads=threads)
+    image = np.random.default_rng(0).standard_normal((1, *shape)).astype(np.float32)
+    return run_until_steady(lambda: runner.run(image), seconds)
 
 
-def other_row(built: tuple[Kernel, ...], graph: Graph, model: TableModel, *, threads: int, seconds: float) -> Row:
-    """What ``graph`` spends outside of the kernels ``built``: its time less the table's sum for them.
+def measure_network(
+    network: Network, graph: Graph, keep: Mapping[str, int], dtype: str, *, threads: int, seconds: float, now: str
+) -> NetworkRow:
+    """Measure one pruned version, given as ``graph``."""
+    runs = whole_us(model_bytes(graph, dtype), graph.shapes[graph.inputs[0]], threads=threads, seconds=seconds)
+    times = runs.wall_us[runs.quiet]
+    p10, median, p90 = (float(value) for value in np.percentile(times, (10, 50, 90)))
+    built = kernels(network, policy_at(network, keep, dtype))
+    return NetworkRow(
+        network=network_id(built), dtype=dtype, keep_channels=dict(keep), median_us=median, p10_us=p10, p90_us=p90,
+        n_runs=len(times), contended=runs.contended, measured_at=now,
+    )  # fmt: skip
 
-    That is pooling, additions, quantising the input and the session, less what the profiler added to the kernels.
+
+def networks_file(table: Path) -> Path:
+    """Where the whole networks of the table at ``table`` lie."""
+    return table.with_suffix(".networks.jsonl")
+
+
+def read_networks(table: Path) -> list[NetworkRow]:
+    """All measured networks beside the table at ``table``; a line torn by a kill is left out.
+
+    Raises:
+        BadFileError: a line that is no measured network.
     """
-    dtype = "int8" if built[0].weight_bits == 8 else "fp32"
-    times = whole_us(graph, dtype, threads=threads, seconds=seconds)
-    layers = sum(model.kernel(kernel).us for kernel in built)
-    rest = row_of(other_key(built, dtype), times, "whole_minus_kernels", "whole network")
-    return replace(rest, median_us=rest.median_us - layers, p10_us=rest.p10_us - layers, p90_us=rest.p90_us - layers)
+    path = networks_file(table)
+    return read_lines(path, NetworkRow, "measured networks of the latency table") if path.exists() else []
 
 
-def held_other(model: TableModel, network: Network, dtype: str, divisor: int) -> list[tuple[dict[str, int], KernelKey]]:
-    """The two widths at which the rest of ``network`` is measured (full, and about half), as widths and key."""
+def averaged(rows: Sequence[NetworkRow]) -> list[NetworkRow]:
+    """One row per sub-network and precision: the mean of its sessions. Where a network's data comes to lie in the shared
+    cache differs from session to session, and with it the time of networks that fill the cache."""
+    groups: dict[tuple[str, str, tuple[tuple[str, int], ...]], list[NetworkRow]] = {}
+    for row in rows:
+        groups.setdefault((row.network, row.dtype, tuple(row.keep_channels.items())), []).append(row)
+    return [
+        own[0].model_copy(update={"median_us": float(np.mean([row.median_us for row in own]))})
+        for own in groups.values()
+    ]
+
+
+def corrections_of(model: TableModel, network: Network, rows: Sequence[NetworkRow]) -> list[Correction]:
+    """Fit a correction per precision to those of ``rows`` that are versions of ``network``."""
+    own = network_id(kernels(network, CompressionPolicy(model=network.model)))
     found = []
-    for fraction in (1.0, 0.5):
-        keep = keep_channels(network, divisor, fraction)
-        found.append((keep, other_key(kernels(network, policy_at(network, keep, dtype)), dtype)))
-    return [pair for pair in found if pair[1] not in model.rows]
+    for dtype in sorted({row.dtype for row in rows}):
+        samples = []
+        for row in averaged([row for row in rows if row.network == own and row.dtype == dtype]):
+            policy = policy_at(network, row.keep_channels, dtype)
+            built = kernels(network, policy)
+            sums = model.sums(built, edges(network, policy))
+            samples.append(Sample(sums, model.weight_bytes(built, dtype), row.median_us))
+        correction = fit(own, dtype, samples)
+        if correction is not None:
+            found.append(correction)
+    return found
 
 
-def check_table(built: tuple[Kernel, ...], graph: Graph, model: TableModel, *, threads: int, seconds: float) -> Check:
-    """Predict and measure one pruned network."""
-    dtype = "int8" if built[0].weight_bits == 8 else "fp32"
-    measured = float(np.median(whole_us(graph, dtype, threads=threads, seconds=seconds)))
-    return Check(dtype, model(built).us, measured)
+def check(model: TableModel, network: Network, row: NetworkRow) -> Check:
+    """What the table predicts for a measured network."""
+    policy = policy_at(network, row.keep_channels, row.dtype)
+    return Check(row.dtype, model(kernels(network, policy), edges(network, policy)).us, row.median_us)

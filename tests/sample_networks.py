@@ -179,6 +179,11 @@ def unprunable(classes: int) -> nn.Module:
     return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, classes))
 
 
+def two_layers(classes: int) -> nn.Module:
+    """For 8x8 colour images: the least that has channels to prune."""
+    return nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 64, classes))
+
+
 def settled(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give ``model`` random weights and BatchNorm numbers that are not their initial ones; returns it in eval mode."""
     generator = torch.Generator().manual_seed(seed)

@@ -68,7 +68,8 @@ def test_average_bits_weigh_each_layer_by_its_weights_and_not_by_its_biases(netw
 def test_size_and_latency_models_are_asked_with_the_built_kernels(network):
     asked = []
 
-    def latency(built) -> Latency:
+    def latency(built, between) -> Latency:
+        assert not between
         asked.append([(k.in_channels, k.out_channels, k.weight_bits, k.activation_bits) for k in built])
         return Latency(7.0, 6.0, 9.0, {"measured": 1, "estimated": 1})
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT_FOLDERS = ("exporters", "latency_tables", "cli")
-COMMANDS = ("compress", "export", "eval", "profile", "report", "targets")
+COMMANDS = ("compress", "export", "eval", "profile", "tables", "report", "targets")
 
 
 @pytest.fixture(scope="session")

@@ -138,12 +138,12 @@ def test_gpu_and_driver_are_read_from_nvidia_smi(monkeypatch, tmp_path):
 
 def test_cpu_features_are_named(monkeypatch):
     facts = {"cpu": "Cortex", "cores": "4", "governor": "ondemand", "flags": "asimd asimddp i8mm"}
-    monkeypatch.setattr("edgecompress.latency_tables.measure.machine_facts", lambda: facts)
+    monkeypatch.setattr("edgecompress.latency_tables.agent.machine_facts", lambda: facts)
     named = {finding.name: finding.found for finding in doctor._hardware()}
     assert (
         named["integer instructions"] == "dot product, int8 matrix multiply" and "governor ondemand" in named["cores"]
     )
-    monkeypatch.setattr("edgecompress.latency_tables.measure.machine_facts", lambda: facts | {"flags": "avx2"})
+    monkeypatch.setattr("edgecompress.latency_tables.agent.machine_facts", lambda: facts | {"flags": "avx2"})
     named = {finding.name: finding.found for finding in doctor._hardware()}
     assert named["integer instructions"].startswith("none of VNNI")
 

@@ -1,24 +1,25 @@
 """Prediction from a table: exact on rows, between its neighbours elsewhere, honest about which."""
 
 import time
+from dataclasses import replace
 
 import pytest
 from sample_tables import SETTING, conv_key, row, write_table
 
-from edgecompress.cost import Kernel
+from edgecompress.cost import Edge, Kernel
 from edgecompress.errors import BadFileError, MissingBackendError
+from edgecompress.latency_tables.correct import CLASSES, Correction, network_id
 from edgecompress.latency_tables.estimate import Estimator
 from edgecompress.latency_tables.predict import (
     TableModel,
     find_table,
     latency_model,
-    other_key,
     table_model,
     table_path,
 )
-from edgecompress.latency_tables.table import kernel_key
+from edgecompress.latency_tables.table import edge_key, kernel_key
 from edgecompress.latency_tables.targets import is_this_machine, target_by_name
-from edgecompress.spec import LayerSpec
+from edgecompress.spec import EdgeSpec, LayerSpec
 
 X86 = target_by_name("x86")
 LAYER = LayerSpec(
@@ -60,14 +61,22 @@ def test_between_rows_it_is_interpolated_and_bounded_by_its_neighbours(model, pa
     assert max(below) <= value.us <= min(above)
 
 
-def test_half_way_along_an_axis_is_half_way_in_time(model):
-    assert model.kernel(kernel(16, 40)).us == pytest.approx((10 + 25) / 2)
+def test_a_family_that_grows_by_blocks_is_predicted_between_its_rows(tmp_path):
+    def us(inputs, outputs):
+        return 2 + 0.02 * (-(-inputs // 16) * 16) * (-(-outputs // 16) * 16)
+
+    held = [(c, c) for c in (16, 32, 64, 96, 128)] + [(c, 128) for c in (16, 48, 96)] + [(128, c) for c in (16, 40, 80)]
+    rows = [row(conv_key(*pair), us(*pair)) for pair in held]
+    model = table_model(write_table(tmp_path / "t.csv", rows), X86)
+    for pair in [(48, 80), (96, 32), (24, 24), (112, 64), (56, 120)]:
+        assert model.kernel(kernel(*pair)).us == pytest.approx(us(*pair), rel=0.03), pair
 
 
-def test_beyond_the_rows_it_is_estimated_by_macs(model):
+def test_outside_of_the_rows_it_is_estimated(model):
     value = model.kernel(kernel(128, 64))
-    assert value.source == "estimated" and value.us == pytest.approx(140)
-    assert value.low_us <= value.us < value.high_us
+    assert value.source == "estimated" and 100 < value.us < 180
+    other = model.kernel(kernel(64, 64, layer=LAYER.model_copy(update={"kernel": (5, 5), "macs": 64 * 64 * 25 * 196})))
+    assert other.source == "estimated" and other.us == pytest.approx(70 * 25 / 9)
 
 
 def test_few_bits_take_the_int8_row_and_a_missing_precision_is_refused(model):
@@ -76,17 +85,33 @@ def test_few_bits_take_the_int8_row_and_a_missing_precision_is_refused(model):
         model.kernel(kernel(32, 32, bits=32))
 
 
-def test_a_network_is_the_sum_of_its_kernels_and_the_rest_of_it(tmp_path, model):
+def edge(channels, kind="add"):
+    return Edge(EdgeSpec(name="e", kind=kind, channels=channels, input_hw=(14, 14), output_hw=(14, 14)), channels, 8)
+
+
+def test_a_network_is_the_sum_of_its_layers_and_what_lies_between(tmp_path, model):
     kernels = [kernel(16, 16), kernel(16, 64), kernel(64, 32)]
     alone = model(kernels)
     assert alone.us == pytest.approx(10 + 25 + model.kernel(kernels[2]).us)
     assert alone.counts == {"measured": 2, "interpolated": 1, "estimated": 0}
-    full, half = other_key(kernels, "int8"), other_key([kernel(16, 8), kernel(16, 32), kernel(64, 16)], "int8")
-    rest = [row(full, 30.0), row(half, 20.0)]
-    table = write_table(tmp_path / "u.csv", [*model.rows.values(), *rest])
-    assert table_model(table, X86)(kernels).us == pytest.approx(alone.us + 30)
-    between = [kernel(16, 12), kernel(16, 48), kernel(64, 24)]
-    assert table_model(table, X86).other_us(between) == pytest.approx(25)
+    add = edge_key(edge(64), "int8")
+    table = table_model(write_table(tmp_path / "u.csv", [*model.rows.values(), row(add, 4.0)]), X86)
+    assert table(kernels, [edge(64)]).us == pytest.approx(alone.us + 4)
+    assert table(kernels, [edge(64, "max_pool")]).us == pytest.approx(alone.us)
+
+
+def test_a_correction_belongs_to_its_network_and_precision(tmp_path, model):
+    kernels = [kernel(16, 16), kernel(16, 64)]
+    factors = dict.fromkeys(CLASSES, 1.0) | {"kxk": 1.5}
+    correction = Correction(
+        network=network_id(kernels), dtype="int8", factors=factors, constant_us=7.0, cache_bytes=1e6, networks=20,
+        error=0.01, spread=0.02,
+    )  # fmt: skip
+    corrected = replace(model, corrections={(correction.network, "int8"): correction})
+    answer = corrected(kernels)
+    assert answer.us == pytest.approx(1.5 * (10 + 25) + 7)
+    assert answer.high_us == pytest.approx(answer.us * (1 + 1.645 * 0.02))
+    assert corrected([*kernels, kernel(16, 16)]).us == pytest.approx(10 + 25 + 10)
 
 
 def test_a_repeated_question_takes_under_5_us(model):

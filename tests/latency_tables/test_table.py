@@ -1,5 +1,7 @@
 """Tables on disk: what is written is read, a kill loses one line, and nothing that is no measurement gets in."""
 
+from dataclasses import replace
+
 import pytest
 from sample_tables import SETTING, conv_key, row, write_table
 
@@ -10,7 +12,7 @@ from edgecompress.latency_tables.table import read_table, sidecar
 def test_round_trip_and_later_rows_win(tmp_path):
     first, second, other = row(conv_key(8, 8), 10.0), row(conv_key(8, 8), 12.5), row(conv_key(8, 16), 20.0)
     table = write_table(tmp_path / "t.csv", [first, other, second])
-    assert dict(table.rows) == {first.key: second, other.key: other}
+    assert table.rows == {first.key: replace(second, method="node_time again"), other.key: other}
     assert table.provenance.setting == SETTING
 
 
@@ -47,7 +49,7 @@ def test_another_setting_is_refused_by_name_unless_allowed(tmp_path, field, valu
     path = tmp_path / "t.csv"
     write_table(path, [row(conv_key(8, 8), 10.0)])
     wanted = SETTING.model_copy(update={field: value})
-    with pytest.raises(BadFileError, match=f"{field} = {value}"):
+    with pytest.raises(BadFileError, match=f"{field} = .* instead of {value}"):
         read_table(path, wanted)
     assert read_table(path, wanted, allow_mismatch=True).rows
 
