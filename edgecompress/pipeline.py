@@ -324,11 +324,11 @@ def export_run(
     config = run.config()
     if format_name not in EXPORTERS:
         raise UnknownNameError("format", format_name, EXPORTERS)
+    integers = run.file("quantized.safetensors").exists() or not run.file("graph.onnx").exists()
+    quantized = run.quantized() if integers else None
     architecture = run.architecture()
     if data is None:
         data = dataset_of(config.data, config, Silent(), architecture.preprocessing)
-    integers = run.file("quantized.safetensors").exists() or not run.file("graph.onnx").exists()
-    quantized = run.quantized() if integers else None
     images, labels = next(data.batches(data.select_val, 100))
     source = ExportSource(
         graph=read_graph(run.file("graph.onnx")),
