@@ -6,6 +6,7 @@ A layer keeps its module path as name. Values keep the names that ``torch.onnx.e
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import logging
@@ -97,7 +98,21 @@ def build_graph(model: nn.Module, input_shape: tuple[int, ...], name: str) -> Gr
     finally:
         model.train(was_training)
     assert program is not None
-    return normalise(_from_ir(program.model))
+    return normalise(_placed(_from_ir(program.model), program.model))
+
+
+def _placed(graph: Graph, model: Any) -> Graph:
+    """Operators named after the module that calls them, as in ``layer1.0.relu``, so that a user finds them again."""
+    scopes = {node.name: node.metadata_props.get("pkg.torch.onnx.name_scopes") for node in model.graph}
+    taken: dict[str, int] = {}
+    nodes = []
+    for node in graph.nodes:
+        scope = scopes.get(node.name)
+        path = [part for part in ast.literal_eval(scope) if part] if scope else []
+        name = ".".join(path[-2:]) or node.name
+        count = taken[name] = taken.get(name, 0) + 1
+        nodes.append(replace(node, name=name if count == 1 else f"{name}_{count}"))
+    return replace(graph, nodes=tuple(nodes))
 
 
 @contextlib.contextmanager

@@ -9,13 +9,15 @@ import torch
 from sample_networks import NETWORKS, OPERATOR_NETWORKS, integer_case
 
 from edgecompress.cost import kernels
+from edgecompress.errors import BadModelError
 from edgecompress.exporters.emulate import emulate, float_islands
 from edgecompress.exporters.runners import OnnxRuntimeRunner
 from edgecompress.exporters.sizes import FileSize, PlannedSize, stored_bytes
-from edgecompress.exporters.to_onnxruntime import int32_bias, integer_model
-from edgecompress.exporters.verify import FLOAT_OPS, agreement, has_vnni, optimised_operators
+from edgecompress.exporters.to_onnxruntime import gate_steps, grid, int32_bias, integer_model
+from edgecompress.exporters.verify import FLOAT_OPS, agreement, fusion_report, has_vnni, optimised_operators
+from edgecompress.graph import build_graph
 from edgecompress.latency_tables.targets import target_by_name
-from edgecompress.quantize import QuantizedGraph, simulate
+from edgecompress.quantize import LearnedSteps, QuantizedGraph, calibrate, find_points, simulate
 from edgecompress.spec import CompressionPolicy, LayerChoice
 from edgecompress.trace import trace
 
@@ -131,3 +133,65 @@ def test_planned_size_is_the_file_where_nothing_is_pruned_and_falls_with_channel
     half = CompressionPolicy(model="", keep_channels={group.id: group.width // 2 for group in network.prunable_groups})
     assert planned(kernels(network, half), 0) < whole
     assert PlannedSize.from_file(base, network.layers, 4)(kernels(network, CompressionPolicy(model="")), 0) < whole
+
+
+def test_operators_are_named_after_the_module_that_calls_them():
+    names = {node.name for node in integer_case("gated").graph.nodes}
+    assert len(names) == len(integer_case("gated").graph.nodes)
+
+    class Odd(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.block = torch.nn.Conv2d(3, 4, 3), torch.nn.Sequential(torch.nn.GELU())
+
+        def forward(self, x):
+            return self.block(self.conv(x)).mean((2, 3))
+
+    graph = build_graph(Odd(), (3, 8, 8), "odd")
+    with pytest.raises(BadModelError, match=r"The operator Gelu at 'block\.0\.gelu'"):
+        calibrate(graph, [torch.zeros(1, 3, 8, 8)])
+
+
+def test_gate_is_exact_and_never_a_float_island():
+    """HardSigmoid of every integer of its input's grid, computed in float, is what the file's Clip yields."""
+    case = integer_case("gated")
+    quantized = case.quantized(8, 8)
+    gates = [node for node in case.graph.nodes if node.op == "HardSigmoid"]
+    assert len(gates) == 3
+    for node in gates:
+        how, (scale, zero) = quantized.tensors[node.inputs[0]], grid(quantized, node.outputs[0])
+        steps = gate_steps(quantized, node)
+        codes = np.arange(256)
+        exact = np.clip((codes - 128) * np.float64(how.scale) / 6 + 0.5, 0, 1)
+        np.testing.assert_allclose((codes.clip(128 - steps, 128 + steps) - zero) * float(scale), exact, atol=1e-6)
+
+
+@needs_vnni
+def test_trained_steps_of_a_gates_input_still_meet_its_ends():
+    module = LearnedSteps(integer_case("gated").quantized(6, 7))
+    generator = torch.Generator().manual_seed(1)
+    images = integer_case("gated").images
+    with torch.no_grad():
+        for step in module.steps.values():
+            step.add_(0.05 * torch.randn(step.shape, generator=generator))
+        trained, finished = module(images), module.finished()
+        reach = find_points(finished.graph).reach
+        assert len(reach) == 3
+        for owner, end in reach.items():
+            steps = end / finished.tensors[owner].scale
+            assert abs(steps - round(steps)) < 1e-4 * steps
+        np.testing.assert_array_equal(in_onnxruntime(finished, images), emulate(finished, images).numpy())
+        assert (simulate(finished, images) - trained).abs().max() < 0.02 * trained.abs().max()
+
+
+def test_float_operators_are_named_in_the_report_and_silent_ones_refused():
+    case = integer_case("gated")
+    quantized = case.quantized(8, 8)
+    operators = optimised_operators(integer_model(quantized).SerializeToString())
+    text, short = fusion_report(quantized, operators)
+    assert short == "" and "QLinearMul 5 of 5" in text and "QLinearSigmoid 2 of 2" in text
+    lost = {**operators, "QLinearMul": 3}
+    assert fusion_report(quantized, lost)[1] == "QLinearMul 3 of 5"
+    choices = {layer.name: LayerChoice(weight_bits=8, activation_bits=8) for layer in case.graph.layers}
+    partly = case.simulator.quantized(choices | {"fc": LayerChoice()})
+    assert float_islands(partly) == ["Gemm fc"]
