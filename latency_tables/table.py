@@ -30,6 +30,7 @@ Dtype = Literal["fp32", "fp16", "int8"]
 Status = Literal["ok", "contended", "throttled", "unsupported", "failed"]
 WORD_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 EDGES: tuple[str, ...] = get_args(EdgeKind)
+STATUSES: tuple[str, ...] = get_args(Status)
 USABLE: tuple[Status, ...] = ("ok", "contended")
 AGAIN = " again"  # ends the method of a row that replaces an earlier one of its key
 MADS = 3  # median absolute deviations by which two measurements of one kernel may differ
@@ -324,33 +325,35 @@ def whole_lines(path: Path, *, mend: bool = True) -> list[str]:
 
 
 def _row(path: Path, number: int, fields: list[str], own: list[str]) -> Row:
-    where = f"Line {number} of the latency table {path}"
+    try:
+        return _parsed(fields, own)
+    except ValueError as error:
+        text = f"Line {number} of the latency table {path} {error}. Delete that line."
+        raise BadFileError(text) from error
+
+
+def _parsed(fields: list[str], own: list[str]) -> Row:
+    """A row from the fields of its line; ValueError says what is wrong with them."""
     if len(fields) != len(COLUMNS):
-        raise BadFileError(f"{where} has {len(fields)} fields, expected {len(COLUMNS)}. Delete that line.")
+        raise ValueError(f"has {len(fields)} fields, expected {len(COLUMNS)}")
     shared, shape, values = fields[: len(own)], fields[len(own) : -len(_VALUES)], fields[-len(_VALUES) :]
     if shared != own:
         name = next(n for n, a, b in zip(_SETTING, shared, own, strict=True) if a != b)
-        raise BadFileError(
-            f"{where} is of another {name} than the rest of the table ({sidecar(path).name}). Delete that line."
-        )
+        raise ValueError(f"is of another {name} than the rest of the table (the .json beside it)")
     try:
-        sizes = [int(text) for text in shape[1:-TEXTS]]
-        median, mad, p10, p90 = (float(text) for text in values[:4])
+        sizes = list(map(int, shape[1:-TEXTS]))
+        median, mad, p10, p90 = map(float, values[:4])
         runs = int(values[4])
     except ValueError as error:
-        raise BadFileError(f"{where} does not parse: {error}. Delete that line.") from error
+        raise ValueError(f"does not parse: {error}") from error
     status = values[7]
-    if status not in get_args(Status):
-        raise BadFileError(
-            f"{where} has the unknown status '{status}'; known: {', '.join(get_args(Status))}. Delete that line."
-        )
+    if status not in STATUSES:
+        raise ValueError(f"has the unknown status '{status}'; known: {', '.join(STATUSES)}")
     if min(sizes) < 1:
-        raise BadFileError(f"{where} holds a size of {min(sizes)}, expected 1 or more. Delete that line.")
+        raise ValueError(f"holds a size of {min(sizes)}, expected 1 or more")
     key = KernelKey._make([shape[0], *sizes, *shape[-TEXTS:]])
-    finite = all(math.isfinite(number) for number in (median, mad, p10, p90))
-    smallest = 0.0 if key.kind in EDGES else math.ulp(0.0)
-    if status in USABLE and not (finite and median >= smallest and min(mad, p10, p90) >= 0):
-        raise BadFileError(
-            f"{where} holds {values[0]} us, which is no latency; expected a number above zero. Delete that line."
-        )
+    if status in USABLE:
+        enough = median >= 0 if key.kind in EDGES else median > 0
+        if not (enough and math.isfinite(median + mad + p10 + p90) and min(mad, p10, p90) >= 0):
+            raise ValueError(f"holds {values[0]} us, which is no latency; expected a number above zero")
     return Row(key, median, mad, p10, p90, runs, values[5], values[6], cast(Status, status), values[8])
