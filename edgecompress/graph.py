@@ -205,12 +205,20 @@ def _alive(nodes: tuple[Node, ...], outputs: tuple[str, ...]) -> tuple[Node, ...
     return tuple(reversed(kept))
 
 
+def _does_nothing(node: Node) -> bool:
+    """Identity, a Dropout at rest, or an average over single pixels (adaptive pooling to the size that is there)."""
+    if node.op != "AveragePool":
+        return node.op in ("Identity", "Dropout")
+    sizes = (*node.attributes["kernel_shape"], *node.attributes.get("strides", ()))
+    return set(sizes) == {1} and not any(node.attributes.get("pads", ()))
+
+
 def _without_identities(graph: Graph) -> Graph:
     alias: dict[str, str] = {}
     nodes: list[Node] = []
     for node in graph.nodes:
         inputs = tuple(alias.get(name, name) for name in node.inputs)
-        if node.op in ("Identity", "Dropout") and node.outputs[0] not in graph.outputs:
+        if _does_nothing(node) and node.outputs[0] not in graph.outputs:
             alias[node.outputs[0]] = inputs[0]
         else:
             nodes.append(replace(node, inputs=inputs))

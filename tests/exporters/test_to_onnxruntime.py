@@ -195,3 +195,9 @@ def test_float_operators_are_named_in_the_report_and_silent_ones_refused():
     choices = {layer.name: LayerChoice(weight_bits=8, activation_bits=8) for layer in case.graph.layers}
     partly = case.simulator.quantized(choices | {"fc": LayerChoice()})
     assert float_islands(partly) == ["Gemm fc"]
+
+
+def test_pooling_to_the_size_that_is_there_is_left_out():
+    pool = torch.nn.AdaptiveAvgPool2d(6)
+    graph = build_graph(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), pool, torch.nn.ReLU()), (3, 8, 8), "pooled")
+    assert [node.op for node in graph.nodes] == ["Conv", "Relu"]
