@@ -23,6 +23,7 @@ from edgecompress.cost import Kernel, count, edges, kernels
 from edgecompress.edges import with_edges
 from edgecompress.files import append_line, read_lines
 from edgecompress.graph import Graph, build_graph
+from edgecompress.latency_tables.estimate import errors
 from edgecompress.latency_tables.measure import this_setting
 from edgecompress.latency_tables.onelayer import model_bytes, resized
 from edgecompress.latency_tables.points import widths
@@ -258,6 +259,26 @@ def best_of(call: Any, times: int = 20) -> float:
     return min(seconds)
 
 
+def estimators(bench: Benchmark) -> None:
+    """What an estimate without a table errs by, from the shipped coefficients: one bar for each device class."""
+    rows = errors()
+    bench.details["estimators, leave one network out (mean absolute error %)"] = {
+        f"{row.target_class} {row.precision}": {
+            "FLOPs only": round(100 * row.errors.macs, 1),
+            "MACs + floor": round(100 * row.errors.floor, 1),
+            "features": None if row.errors.features is None else round(100 * row.errors.features, 1),
+            "taken": row.chosen,
+            "networks": row.networks,
+        }
+        for row in rows
+    }
+    for name in dict.fromkeys(row.target_class for row in rows):
+        own = [row for row in rows if row.target_class == name]
+        worst = max(own, key=lambda row: row.error / row.errors.macs)
+        label = f"estimator no worse than FLOPs only: {name} ({worst.precision}, its worst precision)"
+        bench.at_most(label, 100 * worst.error, 100 * worst.errors.macs, "%")
+
+
 def ship(table: Path) -> None:
     """Copy the table with its provenance and its networks into the package."""
     shipped_tables().mkdir(exist_ok=True)
@@ -288,6 +309,7 @@ def main() -> None:
             run_case(bench, case, precision, table, options, 4 if arguments.quick else VARIANTS)
         lookups_of = case
     lookups(bench, lookups_of, table)
+    estimators(bench)
     if not arguments.quick:
         ship(table)
         means = [d[REPEATED] for d in bench.details.values()]

@@ -1,4 +1,4 @@
-"""Latency of a target that nobody has measured for us: ``floor + macs / rate``, fitted to public measurements.
+"""Latency of a target that nobody has measured for us: a floor plus a price for each `Features`, fitted to public data.
 
 The coefficients lie in ``data/estimators.json`` with what they were fitted to (``fit_estimators`` writes it). What
 comes out is an estimate with a wide band, and is never shown as anything else.
@@ -10,28 +10,55 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import as_file, files
+from typing import Literal
 
-from edgecompress.cost import Edge, Kernel, Latency, layer_macs
+from edgecompress.cost import Edge, Kernel, Latency
 from edgecompress.errors import BadFileError
 from edgecompress.files import read_document
+from edgecompress.latency_tables.features import Features, features_of
 from edgecompress.latency_tables.targets import running_precision
 from edgecompress.spec import Document, Frozen, Target
 
+Model = Literal["MACs + floor", "features"]
 
-class Coefficients(Frozen):
-    """One fit: ``us = floor_us + mmacs * us_per_mmac`` on the target (MMACs: million multiply-adds).
 
-    On a CPU nothing is launched: below ``proportional_below_mmacs``, its smallest network, time is in proportion.
-    ``loo_error`` is the mean absolute percentage error (as a fraction) over networks that were left out one at a time;
-    ``scale_error`` how far the step from the measured devices to this target was off where it could be checked;
-    ``band`` is their sum: bounds are ``us / (1 + band)`` and ``us * (1 + band)``.
+class Errors(Frozen):
+    """Mean absolute percentage error (as a fraction) of the three models over networks that were left out one at a time.
+
+    ``macs``: time in proportion to multiply-adds; ``floor``: MACs + floor; ``features``: None where too few of the
+    networks can be built to count anything but their multiply-adds.
     """
 
+    macs: float
+    floor: float
+    features: float | None = None
+
+    @property
+    def best(self) -> Model:
+        """The model to take: features only where they err less. MACs alone are a yardstick, never taken."""
+        return "features" if self.features is not None and self.features < self.floor else "MACs + floor"
+
+    def of(self, model: Model) -> float:
+        """The error of ``model``."""
+        return self.features if model == "features" and self.features is not None else self.floor
+
+
+class Coefficients(Frozen):
+    """One fit: ``us = floor_us + features . us_per`` on the target. MACs + floor has one price for all MACs, 0 for the rest.
+
+    On a CPU nothing is launched: below ``proportional_below_mmacs``, its smallest network, the floor is in proportion.
+    ``errors`` are those of all models over ``networks``, and ``loo_error`` that of ``model``; ``scale_error`` is how far
+    the step from the measured devices to this target was off where it could be checked; ``band`` is the sum of the last
+    two: bounds are ``us / (1 + band)`` and ``us * (1 + band)``.
+    """
+
+    model: Model
     floor_us: float
-    us_per_mmac: float
+    us_per: Features
     proportional_below_mmacs: float
     band: float
     loo_error: float
+    errors: Errors
     scale_error: float
     networks: int
     rows: dict[str, int]
@@ -51,35 +78,43 @@ class Estimators(Document):
 
 @dataclass(frozen=True)
 class Estimator:
-    """A `LatencyModel` from MACs alone, with channels padded up to the target's divisor as its kernels run them.
+    """A `LatencyModel` from what the kernels do, with channels padded up to the target's divisor as they run them.
 
-    A network that mixes precisions pays each kernel its own rate, and the largest floor once.
+    A network that mixes precisions pays each kernel at its own precision, and the largest floor once.
     """
 
     target: Target
     coefficients: Mapping[str, Coefficients]
 
     def __call__(self, kernels: Sequence[Kernel], edges: Sequence[Edge] = ()) -> Latency:
-        """Estimate one image's latency; operators without weights are part of what was fitted to whole networks.
+        """Estimate one image's latency. Operators without weights run where the kernel of the fewest bits runs.
 
         Raises:
             BadFileError: nothing is known of a precision that a kernel runs in.
         """
-        us = floor = band = mmacs = smallest = 0.0
+        by: dict[str, list[Kernel]] = {}
         for kernel in kernels:
-            precision = running_precision(kernel, self.target)
-            known = self.coefficients.get(precision)
-            if known is None:
-                raise BadFileError(
-                    f"Nothing is known of {precision} latencies on '{self.target.name}' (known: "
-                    f"{', '.join(self.coefficients)}). Measure a table with 'edgecompress profile'."
-                )
-            million = padded_macs(kernel, self.target.channel_divisor.get(precision, 1)) / 1e6
-            us, mmacs = us + million * known.us_per_mmac, mmacs + million
+            by.setdefault(running_precision(kernel, self.target), []).append(kernel)
+        narrowest = min(kernels, key=lambda kernel: kernel.weight_bits, default=None)
+        home = running_precision(narrowest, self.target) if narrowest else self.target.precision
+        us = floor = band = mmacs = smallest = 0.0
+        for precision, own in by.items():
+            known = self._known(precision)
+            divisor = self.target.channel_divisor.get(precision, 1)
+            work = features_of(own, edges if precision == home else (), divisor)
+            us, mmacs = us + work.dot(known.us_per), mmacs + work.mmacs
             floor, band = max(floor, known.floor_us), max(band, known.band)
             smallest = max(smallest, known.proportional_below_mmacs)
         us += floor * min(1.0, mmacs / smallest) if smallest else floor
         return Latency(us=us, low_us=us / (1 + band), high_us=us * (1 + band), counts={"estimated": len(kernels)})
+
+    def _known(self, precision: str) -> Coefficients:
+        if precision not in self.coefficients:
+            raise BadFileError(
+                f"Nothing is known of {precision} latencies on '{self.target.name}' (known: "
+                f"{', '.join(self.coefficients)}). Measure a table with 'edgecompress profile'."
+            )
+        return self.coefficients[precision]
 
     @property
     def description(self) -> str:
@@ -87,23 +122,10 @@ class Estimator:
         known = self.coefficients.get(self.target.precision) or next(iter(self.coefficients.values()))
         rows = ", ".join(f"{count} of {name}" for name, count in known.rows.items())
         return (
-            f"ESTIMATED for {self.target.device} from {known.source} ({rows}), within a factor {1 + known.band:.1f} "
-            f"either way at {self.target.precision}; not measured"
+            f"ESTIMATED for {self.target.device} by {known.model} from {known.source} ({rows}), within a factor "
+            f"{1 + known.band:.1f} either way at {self.target.precision} (leave-one-network-out error "
+            f"{known.loo_error:.0%}, step to this target {known.scale_error:.0%}); not measured"
         )
-
-
-def padded_macs(kernel: Kernel, divisor: int) -> int:
-    """Multiply-adds that really run: channels rounded up to the next multiple of ``divisor``.
-
-    The network's own input is not padded: runtimes have special kernels for 3 channels.
-    """
-    layer = kernel.layer
-    wide_in = _up(kernel.in_channels, divisor) if layer.in_terms else kernel.in_channels
-    return layer_macs(layer, wide_in, _up(kernel.out_channels, divisor))
-
-
-def _up(channels: int, divisor: int) -> int:
-    return -(-channels // divisor) * divisor
 
 
 @cache
@@ -127,3 +149,32 @@ def estimator_for(target: Target) -> Estimator:
     if not known:
         raise BadFileError(f"There is no estimator for '{target.name}'. Measure a table with 'edgecompress profile'.")
     return Estimator(target, known)
+
+
+@dataclass(frozen=True)
+class ErrorRow:
+    """The errors of one target class at one precision, side by side."""
+
+    target_class: str
+    precision: str
+    networks: int
+    errors: Errors
+    chosen: Model
+
+    @property
+    def error(self) -> float:
+        """The error of the model that was chosen."""
+        return self.errors.of(self.chosen)
+
+
+def errors() -> tuple[ErrorRow, ...]:
+    """What each shipped estimator errs by when a network is left out, beside the models that it was not chosen over.
+
+    Raises:
+        BadFileError: the file of the coefficients is missing or broken.
+    """
+    return tuple(
+        ErrorRow(name, precision, known.networks, known.errors, known.model)
+        for name, fits in read_estimators().classes.items()
+        for precision, known in fits.items()
+    )

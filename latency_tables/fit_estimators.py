@@ -4,46 +4,42 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import click
 import numpy as np
-from numpy.typing import NDArray
 
 from edgecompress.errors import BadFileError
 from edgecompress.files import file_sha256, write_document
-from edgecompress.latency_tables.estimate import Coefficients, Estimators
+from edgecompress.latency_tables.estimate import Coefficients, Errors, Estimators
+from edgecompress.latency_tables.features import Features
+from edgecompress.latency_tables.fit_models import (
+    FeatureFit,
+    Fit,
+    Sample,
+    featured,
+    fit,
+    fit_features,
+    loo_errors,
+    of_slope,
+    worst,
+)
+from edgecompress.latency_tables.rebuild import (
+    FEATURES,
+    build_id,
+    read_features,
+    same_network,
+    with_traced,
+    write_features,
+)
 from edgecompress.latency_tables.recipes import RECIPES, Group, Recipe
 
 PUBLIC = "public_latencies.csv"
 OWN = Path(__file__).parent / "data" / "x86_networks.csv"
 # fp32, 1 thread, ONNX Runtime 1.32, 2 virtual cores with AVX512-VNNI: the project's first export measurements.
 QUIET_RESNET18_US = 16_000.0
-Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One published latency of a whole network."""
-
-    network: str
-    mmacs: float
-    us: float
-    group: Group
-
-
-@dataclass(frozen=True)
-class Fit:
-    """Floors and offsets in microseconds, slopes in microseconds per MMAC, each by its name."""
-
-    values: dict[str, float]
-
-    def us(self, mmacs: float, group: Group) -> float:
-        """Latency on the devices of ``group``."""
-        offset = self.values[f"offset {group.offset}"] if group.offset else 0.0
-        return offset + self.values[f"floor {group.floor}"] + self.values[f"slope {group.slope}"] * mmacs
 
 
 def read_rows(folder: Path) -> list[dict[str, str]]:
@@ -66,8 +62,10 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
     ]
 
 
-def samples_of(rows: Sequence[dict[str, str]], groups: Sequence[Group]) -> list[Sample]:
-    """The rows that ``groups`` name.
+def samples_of(
+    rows: Sequence[dict[str, str]], groups: Sequence[Group], features: Mapping[str, Features]
+) -> list[Sample]:
+    """The rows that ``groups`` name, with the features of the networks that we can build.
 
     Raises:
         BadFileError: a group finds no row.
@@ -75,7 +73,7 @@ def samples_of(rows: Sequence[dict[str, str]], groups: Sequence[Group]) -> list[
     found = []
     for group in groups:
         own = [
-            Sample(row["network"], float(row["macs_M"]), float(row["latency_ms"]) * 1e3, group)
+            _sample(row, float(row["macs_M"]), float(row["latency_ms"]) * 1e3, group, features)
             for row in rows
             if (row["device"], row["runtime"], row["precision"]) == (group.device, group.runtime, group.precision)
             and group.condition in row["conditions"]
@@ -86,47 +84,10 @@ def samples_of(rows: Sequence[dict[str, str]], groups: Sequence[Group]) -> list[
     return found
 
 
-def fit(samples: Sequence[Sample]) -> Fit:
-    """Least squares on the logarithm of the latency with a robust loss, so that one odd network does not rule."""
-    from scipy.optimize import least_squares
-
-    start: dict[str, float] = {}
-    for group in {sample.group for sample in samples}:
-        own = [sample for sample in samples if sample.group == group]
-        smallest = min(sample.us for sample in own)
-        start[f"floor {group.floor}"] = min(smallest / 2, start.get(f"floor {group.floor}", smallest))
-        start[f"slope {group.slope}"] = min(sample.us / sample.mmacs for sample in own)
-        if group.offset:
-            start[f"offset {group.offset}"] = smallest / 2
-    names = sorted(start)
-
-    def residuals(x: Floats) -> Floats:
-        trial = Fit(dict(zip(names, np.exp(x).tolist(), strict=True)))
-        return np.array([np.log(trial.us(s.mmacs, s.group) / s.us) for s in samples])
-
-    best = least_squares(
-        residuals, np.log([start[name] for name in names]), loss="soft_l1", f_scale=0.2, bounds=(-8, 16)
-    )
-    return Fit(dict(zip(names, np.exp(best.x).tolist(), strict=True)))
-
-
-def loo_errors(samples: Sequence[Sample]) -> dict[str, float]:
-    """Mean absolute error by slope, as a fraction, when each network in turn is left out with all its rows.
-
-    A network whose absence would leave a parameter without any row cannot be left out; a slope whose networks are all
-    of that sort has no error here.
-    """
-    errors: dict[str, list[float]] = {}
-    for network in sorted({sample.network for sample in samples}):
-        rest = [sample for sample in samples if sample.network != network]
-        trial = fit(rest)
-        for s in samples:
-            needed = {f"floor {s.group.floor}", f"slope {s.group.slope}"} | (
-                {f"offset {s.group.offset}"} if s.group.offset else set()
-            )
-            if s.network == network and needed <= set(trial.values):
-                errors.setdefault(s.group.slope, []).append(abs(trial.us(s.mmacs, s.group) / s.us - 1))
-    return {slope: float(np.mean(values)) for slope, values in errors.items()}
+def _sample(row: dict[str, str], mmacs: float, us: float, group: Group, features: Mapping[str, Features]) -> Sample:
+    build = build_id(row["network"], row["input"])
+    known = features.get(build)
+    return Sample(row["network"], mmacs, us, group, build, known if same_network(known, mmacs) else None)
 
 
 def scale_errors(rows: Sequence[dict[str, str]]) -> dict[str, float]:
@@ -160,26 +121,46 @@ def scale_errors(rows: Sequence[dict[str, str]]) -> dict[str, float]:
     return {"none": 0.0} | {name: float(np.mean(values)) for name, values in means.items()}
 
 
+@cache
+def _fitted(samples: tuple[Sample, ...]) -> tuple[Fit, dict[str, Errors]]:
+    """Many recipes read one pool; it is fitted once."""
+    return fit(samples), loo_errors(samples)
+
+
 def coefficients(samples: Sequence[Sample], recipe: Recipe, scale_error: float, source: str) -> Coefficients:
-    """Fit one recipe; the error is that of the worst group of its evidence."""
-    found, errors = fit(samples).values, loo_errors(samples)
-    slope = found[f"slope {recipe.slope}"] * recipe.slope_factor
+    """Fit one recipe with the model that errs least; the error is that of the worst group of its evidence."""
+    prior, by_slope = _fitted(tuple(samples))
+    errors = worst(by_slope, recipe.evidence, recipe.slope)
+    compared = [s for name in recipe.evidence for s in featured(samples, name) or of_slope(samples, name)]
+    if errors.best == "features":
+        found = fit_features(featured(samples, recipe.slope), prior)
+    else:
+        rate = prior.values[f"slope {recipe.slope}"]
+        prices = Features(pointwise_mmacs=rate, spatial_mmacs=rate, depthwise_mmacs=rate)
+        found = FeatureFit(prior.values[f"floor {recipe.floor}"], prices)
+    ratio = 1.0
     if recipe.ratio is not None:
-        slope *= found[f"slope {recipe.ratio[0]}"] / found[f"slope {recipe.ratio[1]}"]
-    error = max(errors[name] for name in recipe.evidence if name in errors)
-    used = [sample for sample in samples if sample.group.slope in recipe.evidence]
+        ratio = prior.values[f"slope {recipe.ratio[0]}"] / prior.values[f"slope {recipe.ratio[1]}"]
+    factors = dict.fromkeys(Features.model_fields, recipe.slope_factor * ratio) | {"kernels": recipe.floor_factor}
     counts: dict[str, int] = {}
-    for sample in used:
+    for sample in compared:
         name = f"{sample.group.device} {sample.group.runtime} {sample.group.precision}"
         counts[name] = counts.get(name, 0) + 1
+    error = errors.of(errors.best)
     return Coefficients(
-        floor_us=_short(found[f"floor {recipe.floor}"] * recipe.floor_factor),
-        us_per_mmac=_short(slope),
-        proportional_below_mmacs=0.0 if recipe.launches else min(sample.mmacs for sample in used),
+        model=errors.best,
+        floor_us=_short(found.floor_us * recipe.floor_factor),
+        us_per=Features(**{name: _short(getattr(found.us_per, name) * by) for name, by in factors.items()}),
+        proportional_below_mmacs=0.0 if recipe.launches else min(sample.mmacs for sample in compared),
         band=_short(error + scale_error),
         loo_error=_short(error),
+        errors=Errors(
+            macs=_short(errors.macs),
+            floor=_short(errors.floor),
+            features=None if errors.features is None else _short(errors.features),
+        ),
         scale_error=_short(scale_error),
-        networks=len({sample.network for sample in used}),
+        networks=len({sample.left_out_as for sample in compared}),
         rows=counts,
         floor_factor=_short(recipe.floor_factor),
         slope_factor=_short(recipe.slope_factor),
@@ -192,27 +173,40 @@ def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def own_samples() -> dict[str, list[Sample]]:
-    """Whole networks that we measured on x86 ourselves, by precision (see the header of the file)."""
+def own_rows() -> list[dict[str, str]]:
+    """Whole networks that we measured on x86 ourselves (see the header of the file)."""
     with OWN.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+        return list(csv.DictReader(line for line in file if not line.startswith("#")))
+
+
+def own_samples(features: Mapping[str, Features]) -> dict[str, list[Sample]]:
+    """Our own measurements by precision."""
     samples: dict[str, list[Sample]] = {}
-    for row in rows:
+    for row in own_rows():
         group = Group(row["device"], row["runtime"], row["precision"], "x86", "x86")
         samples.setdefault(row["precision"], []).append(
-            Sample(row["network"], float(row["mmacs"]), float(row["median_us"]), group)
+            _sample(row, float(row["mmacs"]), float(row["median_us"]), group, features)
         )
     return samples
 
 
-def fit_all(folder: Path) -> Estimators:
+def builds(rows: Sequence[dict[str, str]]) -> Iterator[str]:
+    """``model@HxW`` of every network that a recipe reads and that we can build."""
+    groups = {group for recipes in RECIPES.values() for recipe in recipes.values() for group in recipe.pool}
+    for sample in samples_of(rows, sorted(groups, key=str), {}):
+        yield sample.build
+    for row in own_rows():
+        yield build_id(row["network"], row["input"])
+
+
+def fit_all(folder: Path, features: Mapping[str, Features]) -> Estimators:
     """Fit every recipe to the tables in ``folder`` and to our own measurements on x86."""
     rows = read_rows(folder)
     steps = scale_errors(rows)
     classes: dict[str, dict[str, Coefficients]] = {}
     for name, recipes in RECIPES.items():
         classes[name] = {
-            precision: coefficients(samples_of(rows, recipe.pool), recipe, steps[recipe.check], PUBLIC)
+            precision: coefficients(samples_of(rows, recipe.pool, features), recipe, steps[recipe.check], PUBLIC)
             for precision, recipe in recipes.items()
         }
     why = (
@@ -220,7 +214,7 @@ def fit_all(folder: Path) -> Estimators:
         "the same CPU flags and ONNX Runtime was (ResNet-18 fp32 16 ms); CPUs without AVX-512 can differ by more"
     )
     x86 = Recipe((), "x86", "x86", ("x86",), why, launches=False)
-    own = own_samples()
+    own = own_samples(features)
     resnet18 = next(sample.us for sample in own["fp32"] if sample.network == "resnet18")
     step = resnet18 / QUIET_RESNET18_US - 1
     classes["x86"] = {precision: coefficients(samples, x86, step, OWN.name) for precision, samples in own.items()}
@@ -233,17 +227,23 @@ def fit_all(folder: Path) -> Estimators:
 
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), default=OWN.parent / "estimators.json", help="File to write.")
-def main(out: Path) -> None:
-    """Fit the estimators to $EDGECOMPRESS_DATA and print the error of each."""
+@click.option("--trace", is_flag=True, help=f"Trace all networks anew, not only those that {FEATURES.name} lacks.")
+def main(out: Path, trace: bool) -> None:
+    """Fit the estimators to $EDGECOMPRESS_DATA and print the errors of each model; * is the one that is taken."""
     folder = os.environ.get("EDGECOMPRESS_DATA")
     if not folder:
         raise click.UsageError(f"EDGECOMPRESS_DATA is not set. Point it to the folder that holds {PUBLIC}.")
-    estimators = fit_all(Path(folder))
+    features = with_traced({} if trace else read_features(), builds(read_rows(Path(folder))))
+    write_features(features)
+    estimators = fit_all(Path(folder), features)
+    click.echo("Error when a network is left out:     MACs alone  MACs + floor  features   step  networks")
     for name, fits in estimators.classes.items():
         for precision, known in fits.items():
+            errors, star = known.errors, {known.model: "*"}
+            rich = "-" if errors.features is None else f"{errors.features:.0%}"
             click.echo(
-                f"{name:18} {precision:5} floor {known.floor_us:9.1f} us  {known.us_per_mmac:8.4f} us/MMAC  "
-                f"LOO {known.loo_error:5.0%}  scale {known.scale_error:4.0%}  {known.networks:2} networks"
+                f"{name:18} {precision:5} {errors.macs:23.0%} {errors.floor:12.0%}{star.get('MACs + floor', ' ')} "
+                f"{rich:>8}{star.get('features', ' ')} {known.scale_error:6.0%} {known.networks:9}"
             )
     write_document(out, estimators)
 

@@ -1,24 +1,21 @@
-"""The estimator: monotone, with a floor and a band, never called measured; and the fit behind its coefficients."""
-
-import os
-from pathlib import Path
+"""The estimator: monotone, with a floor and a band, never called measured. Its fit is tested in test_fit_estimators."""
 
 import pytest
 
-from edgecompress.cost import Kernel
-from edgecompress.latency_tables import fit_estimators
-from edgecompress.latency_tables.estimate import estimator_for, padded_macs, read_estimators
-from edgecompress.latency_tables.recipes import RECIPES, Group
+from edgecompress.cost import Edge, Kernel
+from edgecompress.latency_tables.estimate import Estimator, errors, estimator_for, read_estimators
+from edgecompress.latency_tables.features import Features, features_of
 from edgecompress.latency_tables.targets import all_targets, target_by_name
-from edgecompress.spec import ChannelTerm, LayerSpec
+from edgecompress.spec import ChannelTerm, EdgeSpec, LayerSpec
 
 
-def kernel(channels, bits=8, full=256, inside=True):
+def kernel(channels, bits=8, full=256, inside=True, kind="conv", size=3):
     term = (ChannelTerm(group="g", per_channel=1),)
+    inputs = 1 if kind == "depthwise" else full
     layer = LayerSpec(
-        name="a", kind="conv", in_channels=full, out_channels=full, kernel=(3, 3), input_hw=(14, 14),
-        output_hw=(14, 14), macs=full * full * 9 * 196, params=full * full * 9,
-        in_terms=term if inside else (), out_terms=term,
+        name="a", kind=kind, in_channels=full, out_channels=full, kernel=(size, size), input_hw=(14, 14),
+        output_hw=(14, 14), macs=full * inputs * size**2 * 196, params=full * inputs * size**2,
+        groups=full // inputs, in_terms=term if inside else (), out_terms=term,
     )  # fmt: skip
     return Kernel(layer=layer, in_channels=channels, out_channels=channels, weight_bits=bits, activation_bits=bits)
 
@@ -48,9 +45,73 @@ def test_a_cpu_has_no_launch_floor_below_its_smallest_network():
 
 
 def test_channels_are_priced_at_the_padded_width():
-    assert padded_macs(kernel(33), 32) == padded_macs(kernel(64), 32) > padded_macs(kernel(32), 32)
+    assert features_of([kernel(33)], (), 32) == features_of([kernel(64)], (), 32)
+    assert features_of([kernel(33)], (), 32).mmacs > features_of([kernel(32)], (), 32).mmacs
     stem = kernel(3, inside=False)
-    assert padded_macs(stem, 32) == stem.layer.macs * 3 * 32 // 256**2  # the input of the network is not padded
+    padded = features_of([stem], (), 32).mmacs * 1e6
+    assert padded == stem.layer.macs * 3 * 32 // 256**2  # the input of the network is not padded
+
+
+def test_features_count_each_kind_of_multiply_add_every_element_and_every_kernel():
+    add = EdgeSpec(name="add", kind="add", channels=64, input_hw=(14, 14), output_hw=(14, 14))
+    end = EdgeSpec(name="input", kind="input", channels=3, input_hw=(99, 99), output_hw=(99, 99))
+    built = [kernel(64, full=64), kernel(64, full=64, kind="depthwise"), kernel(64, full=64, size=1)]
+    found = features_of(built, [Edge(end, 3, 8), Edge(add, 64, 8)])
+    pixel = 64 * 196 / 1e6
+    weights = (64 * 64 * 9 + 64 * 9 + 64 * 64) / 1e6
+    assert found.values == pytest.approx((64 * pixel, 64 * 9 * pixel, 9 * pixel, 8 * pixel, weights, 4))
+
+
+def test_each_feature_is_paid_at_its_own_price_and_precision():
+    target = target_by_name("raspberry-pi-5")
+    known = {
+        precision: read_estimators().classes["raspberry-pi-5"][precision].model_copy(
+            update={"floor_us": 0.0, "us_per": Features(kernels=price, spatial_mmacs=1000.0 * price)}
+        )
+        for precision, price in (("fp32", 2.0), ("int8", 1.0))
+    }  # fmt: skip
+    add = EdgeSpec(name="add", kind="add", channels=64, input_hw=(14, 14), output_hw=(14, 14))
+    eight, float32 = kernel(64), kernel(64, bits=32)
+    macs = features_of([eight]).mmacs * 1000
+    # The addition runs in integers, as does the whole network that holds one integer layer.
+    mixed = Estimator(target, known)([eight, float32], [Edge(add, 64, 8)])
+    assert mixed.us == pytest.approx(macs + 1 + 2 * macs + 2 + 1)
+
+
+def test_a_depthwise_convolution_costs_more_per_multiply_add_where_the_data_say_so():
+    estimator = estimator_for(target_by_name("raspberry-pi-5"))
+    assert estimator.coefficients["fp32"].model == "features"
+
+    def rate(*layers):
+        one, twenty = (estimator([*layers] * times).us for times in (500, 1000))
+        return (twenty - one) / (features_of(layers).mmacs * 500)
+
+    depthwise = rate(kernel(256, bits=32, kind="depthwise"))
+    assert depthwise > 1.5 * rate(kernel(256, bits=32))
+
+
+def test_errors_of_all_models_are_shown_and_the_smallest_allowed_is_taken():
+    rows = errors()
+    assert {(row.target_class, row.precision) for row in rows} == {
+        (name, precision) for name, fits in read_estimators().classes.items() for precision in fits
+    }
+    for row in rows:
+        known = read_estimators().classes[row.target_class][row.precision]
+        allowed = {"MACs + floor": row.errors.floor, "features": row.errors.features}
+        allowed = {name: error for name, error in allowed.items() if error is not None}
+        assert row.chosen == min(allowed, key=allowed.get) and row.error == allowed[row.chosen] == known.loo_error
+        assert row.errors.macs > 0 and (row.errors.features is None or row.networks >= 8)
+        plain = {known.us_per.spatial_mmacs, known.us_per.depthwise_mmacs, known.us_per.pointwise_mmacs}
+        assert (len(plain) == 1 and known.us_per.kernels == 0) or row.chosen == "features"
+    assert {row.chosen for row in rows} == {"MACs + floor", "features"}
+
+
+def test_description_names_the_model_and_its_band():
+    estimator = estimator_for(target_by_name("raspberry-pi-5"))
+    known = estimator.coefficients[estimator.target.precision]
+    assert f"by {known.model} from" in estimator.description
+    assert f"within a factor {1 + known.band:.1f} " in estimator.description
+    assert f"leave-one-network-out error {known.loo_error:.0%}" in estimator.description
 
 
 def test_storage_of_few_bits_buys_no_time_where_there_is_no_kernel():
@@ -63,29 +124,3 @@ def test_shipped_file_says_what_each_fit_stands_on():
         for precision, known in fits.items():
             assert known.networks >= 2 and sum(known.rows.values()) >= 2, (name, precision)
             assert known.band == pytest.approx(known.loo_error + known.scale_error, abs=1e-3) and known.why
-
-
-def test_fit_recovers_floor_slope_and_offset():
-    plain, yolo = Group("d", "r", "p", "f", "s"), Group("e", "r", "p", "f", "s2", "o")
-    samples = [fit_estimators.Sample(f"n{m}", m, 300 + 2 * m, plain) for m in (5, 50, 400, 900, 3000)]
-    samples += [fit_estimators.Sample(f"y{m}", m, 1000 + 300 + 0.5 * m, yolo) for m in (100, 1000, 9000)]
-    found = fit_estimators.fit(samples).values
-    assert found["floor f"] == pytest.approx(300, rel=0.02)
-    assert found["slope s"] == pytest.approx(2, rel=0.02) and found["slope s2"] == pytest.approx(0.5, rel=0.02)
-    assert found["offset o"] == pytest.approx(1000, rel=0.02)
-    assert max(fit_estimators.loo_errors(samples).values()) < 0.05
-
-
-def test_public_table_still_gives_the_shipped_coefficients():
-    folder = os.environ.get("EDGECOMPRESS_DATA")
-    if not folder:
-        pytest.skip("EDGECOMPRESS_DATA is not set: the public measurements are not here")
-    rows = fit_estimators.read_rows(Path(folder))
-    recipe = RECIPES["raspberry-pi-5"]["fp32"]
-    step = fit_estimators.scale_errors(rows)[recipe.check]
-    samples = fit_estimators.samples_of(rows, recipe.pool)
-    assert all(sample.us > 0 and sample.mmacs > 0 for sample in samples)
-    anew = fit_estimators.coefficients(samples, recipe, step, fit_estimators.PUBLIC)
-    shipped = read_estimators().classes["raspberry-pi-5"]["fp32"]
-    assert anew.us_per_mmac == pytest.approx(shipped.us_per_mmac, rel=0.01)
-    assert anew.band == pytest.approx(shipped.band, rel=0.01)
