@@ -11,6 +11,7 @@ _TEXTS = {
     "relative_error": "Parity: output error against the network in torch",
     "shapes_match_policy": "Channels are removed as the policy says",
     "weight_elements": "Weight elements in the file",
+    "accuracy": "Accuracy on the images that it was checked on",
     "float_conv_or_gemm": "Fusion: layers left in float",
     "integer_layers": "Fusion: layers that run as integers",
     "float_islands": "Float islands",
@@ -23,9 +24,28 @@ _TEXTS = {
     "simulator_agreement": "Same class as the float simulation",
     "dialect_lint": "Lint of the TensorRT dialect",
     "tensorrt_rtx": "TensorRT-RTX",
+    "weight_bytes": "Bytes of weights in the file",
+    "weight_bytes_exact": "Bytes of weights at their bits",
+    "channel_bytes": "Bytes of scales and biases",
+    "other_bytes_per_node": "Other bytes per operator",
+    "activation_peak_bytes": "Planned peak of activations, bytes",
+    "weight_memory_bytes": "Planned memory of weights, bytes",
+    "interface_agreement": "Same answers as without the options of its interface",
+    "scored_images": "Images that it was checked on",
+    "openvino": "Runtime",
+    "openvino_integer_layers": "OpenVINO: layers that run as integers",
+    "openvino_agreement": "OpenVINO: same class as the integer emulator",
+    "openvino_error": "OpenVINO: output error against the integer emulator",
     "verified": "Verified",
 }
-_SHARES = ("emulator_agreement", "dialect_agreement", "simulator_agreement")
+_SHARES = (
+    "emulator_agreement",
+    "dialect_agreement",
+    "simulator_agreement",
+    "openvino_agreement",
+    "interface_agreement",
+    "accuracy",
+)
 _LARGEST = {"relative_error": 1e-3, "float_conv_or_gemm": 0, "emulator_max_difference": 0}  # a pass up to here
 _GOOD = ("built", "clean")
 
