@@ -312,7 +312,7 @@ def main() -> None:
     estimators(bench)
     if not arguments.quick:
         ship(table)
-        means = [d[REPEATED] for d in bench.details.values()]
+        means = [found[REPEATED] for found in bench.details.values() if REPEATED in found]
         print(f"the same network measured again differs by {statistics.mean(means):.1f} % on average")
     bench.write()
 
