@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check docs install install-test clean
+.PHONY: demo test test-slow check docs install install-test clean
 
 demo: install
 	$(BIN)/edgecompress compress --target jetson --overwrite
 
 test: install-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
+
+test-slow: install-test
+	$(BIN)/python -m pytest -m slow
 
 check: install-test
 	$(BIN)/ruff check .

@@ -33,6 +33,7 @@ class Benchmark:
     quick: bool
     bars: list[Bar] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    pictures: dict[str, str] = field(default_factory=dict)  # title -> file beside the page
     started: float = field(default_factory=time.monotonic)
 
     def at_most(self, bar: str, value: float, limit: float, unit: str) -> None:
@@ -73,6 +74,7 @@ class Benchmark:
             },
             "bars": [asdict(bar) for bar in self.bars],
             "details": self.details,
+            "pictures": self.pictures,
         }
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / f"{self.name}.json").write_text(json.dumps(document, indent=1) + "\n")
@@ -100,9 +102,20 @@ def write_page(name: str, document: dict[str, Any]) -> None:
         )
     plot(RESULTS / f"{name}.svg", [bar for bar in bars if bar["value"] is not None and bar["limit"]])
     lines += ["", f"![Every figure as a share of its limit]({name}.svg)", ""]
+    for title, file in document["pictures"].items():
+        lines += [f"## {title}", "", f"![{title}]({file})", ""]
     for title, values in document["details"].items():
-        lines += [f"## {title}", "", "```json", json.dumps(values, indent=1), "```", ""]
+        lines += [f"## {title}", "", *_shown(values), ""]
     (RESULTS / f"{name}.md").write_text("\n".join(lines))
+
+
+def _shown(values: Any) -> list[str]:
+    """A list of rows with equal keys as a table, anything else as JSON."""
+    if not (isinstance(values, list) and values and all(isinstance(row, dict) for row in values)):
+        return ["```json", json.dumps(values, indent=1), "```"]
+    names = list(values[0])
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    return lines + [f"| {' | '.join('' if row[n] is None else str(row[n]) for n in names)} |" for row in values]
 
 
 def plot(path: Path, bars: list[dict[str, Any]]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import ROOT, Benchmark
+from harness import RESULTS, ROOT, Benchmark
 from scipy.stats import spearmanr
 
 from edgecompress.cost import Kernel, count, edges, kernels
@@ -41,6 +41,7 @@ NETWORKS = {"resnet56": (32, 10), "vgg16_bn_cifar": (32, 10), "resnet18": (224, 
 PRECISIONS = ("fp32", "int8")
 VARIANTS = 20
 SESSIONS = 2  # of each variant, apart in time; their mean is what counts as measured
+WAYS = ("prediction", "MACs only", "isolated layers summed")
 REPEATED = "the same network in the other session: mean difference %"
 SPREAD = (0.3, 0.95)  # of the original's latency
 LIMIT_S = 600
@@ -262,8 +263,10 @@ def best_of(call: Any, times: int = 20) -> float:
 def estimators(bench: Benchmark) -> None:
     """What an estimate without a table errs by, from the shipped coefficients: one bar for each device class."""
     rows = errors()
-    bench.details["estimators, leave one network out (mean absolute error %)"] = {
-        f"{row.target_class} {row.precision}": {
+    bench.details["Estimators without a table: mean absolute error in %, leaving one network out"] = [
+        {
+            "target": row.target_class,
+            "precision": row.precision,
             "FLOPs only": round(100 * row.errors.macs, 1),
             "MACs + floor": round(100 * row.errors.floor, 1),
             "features": None if row.errors.features is None else round(100 * row.errors.features, 1),
@@ -271,12 +274,48 @@ def estimators(bench: Benchmark) -> None:
             "networks": row.networks,
         }
         for row in rows
-    }
+    ]
     for name in dict.fromkeys(row.target_class for row in rows):
         own = [row for row in rows if row.target_class == name]
         worst = max(own, key=lambda row: row.error / row.errors.macs)
         label = f"estimator no worse than FLOPs only: {name} ({worst.precision}, its worst precision)"
         bench.at_most(label, 100 * worst.error, 100 * worst.errors.macs, "%")
+
+
+def summary(bench: Benchmark) -> None:
+    """One line for each network and precision, and a picture of all variants."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = {label: values for label, values in bench.details.items() if REPEATED in values}
+    rows = []
+    for label, values in found.items():
+        rows.append(
+            {"network": label, "original, us": values["original_us"], "variants": values["variants"],
+             "from": f"{values['reach'][0]:.2f}x", "to": f"{values['reach'][1]:.2f}x"}
+            | {f"{way}: MAPE %": values[way]["MAPE %"] for way in WAYS}
+            | {f"{way}: Spearman": values[way]["Spearman"] for way in WAYS}
+            | {"two sessions differ by %": values[REPEATED]}
+        )  # fmt: skip
+    bench.details = {"Each network": rows} | bench.details
+    figure, axes = pyplot.subplots(2, (len(found) + 1) // 2, figsize=(11, 6), squeeze=False)
+    for axis, (label, values) in zip(axes.T.ravel(), found.items(), strict=False):
+        measured, predicted = (np.array(values[f"{name}_us"]) / 1000 for name in ("measured", "predicted"))
+        ends = [min(measured.min(), predicted.min()) * 0.95, max(measured.max(), predicted.max()) * 1.05]
+        axis.plot(ends, ends, color="#888", linewidth=0.8)
+        axis.fill_between(ends, [end * 0.9 for end in ends], [end * 1.1 for end in ends], color="#888", alpha=0.15)
+        axis.plot(measured, predicted, "o", markersize=3.5, color="#3949ab")
+        axis.set_title(label, fontsize=9)
+        axis.tick_params(labelsize=7)
+    figure.supxlabel("measured, ms (the band is 10 %)", fontsize=9)
+    figure.supylabel("predicted, ms", fontsize=9)
+    figure.tight_layout()
+    file = "latency_prediction_variants.svg"
+    figure.savefig(RESULTS / file, metadata={"Date": None})
+    pyplot.close(figure)
+    bench.pictures["Held-out variants"] = file
 
 
 def ship(table: Path) -> None:
@@ -312,6 +351,7 @@ def main() -> None:
     estimators(bench)
     if not arguments.quick:
         ship(table)
+        summary(bench)
         means = [found[REPEATED] for found in bench.details.values() if REPEATED in found]
         print(f"the same network measured again differs by {statistics.mean(means):.1f} % on average")
     bench.write()

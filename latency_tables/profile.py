@@ -23,13 +23,14 @@ from edgecompress.latency_tables.onelayer import resized
 from edgecompress.latency_tables.points import LEVELS, kernel_points, random_points
 from edgecompress.latency_tables.predict import table_model, table_path
 from edgecompress.latency_tables.series import Done, Progress, measure_divisor, measure_points
-from edgecompress.latency_tables.table import KernelKey, Session, Table, open_table, read_table, sidecar
+from edgecompress.latency_tables.table import KernelKey, Profile, Session, Table, open_table, read_table, sidecar
 from edgecompress.latency_tables.targets import is_this_machine
 from edgecompress.latency_tables.whole import (
     Check,
     averaged,
     check,
     corrections_of,
+    fitted_rows,
     measure_network,
     networks_file,
     policy_at,
@@ -190,11 +191,11 @@ def _whole(
     """Measure sub-networks, fit the corrections, write them into the sidecar, and check them on other sub-networks."""
     total = options.networks + CHECK_NETWORKS
     keeps = list(islice(sub_networks(network, target.divisor, options.seed), total))
-    held = Counter((row.dtype, tuple(row.keep_channels.values())) for row in read_networks(table.path))
+    held = Counter((row.dtype, tuple(row.keep_channels.items())) for row in read_networks(table.path))
     todo = [(turn, i, dtype) for turn in range(SESSIONS) for i in range(len(keeps)) for dtype in options.precisions]
     start = time.perf_counter()
     for number, (turn, i, dtype) in enumerate(todo):
-        if held[dtype, tuple(keeps[i].values())] <= turn:
+        if held[dtype, tuple(keeps[i].items())] <= turn:
             resized_graph = resized(graph, network, policy_at(network, keeps[i], dtype))
             row = measure_network(
                 network, resized_graph, keeps[i], dtype, threads=options.threads, seconds=options.time_cap_s,
@@ -209,17 +210,22 @@ def _whole(
 def fit_and_check(
     network: Network, target: Target, table: Table, keeps: Sequence[Mapping[str, int]], options: ProfileOptions
 ) -> list[Check]:
-    """Fit the corrections to the measured ones of ``keeps`` but the last, write them, and check them on those."""
-    fitted_to = {tuple(keep.values()) for keep in keeps[: options.networks]}
-    held_out = {tuple(keep.values()) for keep in keeps[options.networks :]}
+    """Fit the corrections to the measured ones of ``keeps`` but the last, write them, and check them on those.
+
+    New rows change what the table says of networks that were profiled into it before: their corrections are fitted anew.
+    """
     own = network_id(kernels(network, CompressionPolicy(model=network.model)))
-    rows = [row for row in read_networks(table.path) if row.network == own and row.dtype in options.precisions]
-    fresh = corrections_of(
-        table_model(table, target), network, [r for r in rows if tuple(r.keep_channels.values()) in fitted_to]
+    held_out = {tuple(keep.items()) for keep in keeps[options.networks :]}
+    known = {**table.provenance.networks, own: Profile(network=network, held_out=tuple(map(dict, held_out)))}
+    rows = read_networks(table.path)
+    plain = table_model(table, target)
+    fitted = tuple(
+        correction
+        for name, profiled in known.items()
+        for correction in corrections_of(plain, profiled.network, fitted_rows(rows, name, profiled.held_out))
     )
-    replaced = {(c.network, c.dtype) for c in fresh}
-    kept = [c for c in table.provenance.corrections if (c.network, c.dtype) not in replaced]
-    update = {"corrections": (*kept, *fresh)}
+    update = {"corrections": fitted, "networks": known}
     write_document(sidecar(table.path), table.provenance.model_copy(update=update))
     model = table_model(read_table(table.path, table.provenance.setting), target)
-    return [check(model, network, row) for row in averaged(rows) if tuple(row.keep_channels.values()) in held_out]
+    checked = [row for row in rows if row.network == own and tuple(row.keep_channels.items()) in held_out]
+    return [check(model, network, row) for row in averaged(checked) if row.dtype in options.precisions]

@@ -24,7 +24,7 @@ from edgecompress.cost import Edge, Kernel
 from edgecompress.errors import BadFileError
 from edgecompress.files import disk_error, read_document, write_bytes, write_document, write_text
 from edgecompress.latency_tables.correct import Correction
-from edgecompress.spec import Document, EdgeKind, Frozen
+from edgecompress.spec import Document, EdgeKind, Frozen, Network
 
 Dtype = Literal["fp32", "fp16", "int8"]
 Status = Literal["ok", "contended", "throttled", "unsupported", "failed"]
@@ -123,11 +123,19 @@ class Session(Frozen):
     anchors_us: tuple[float, ...] = ()
 
 
+class Profile(Frozen):
+    """A network that was profiled into the table, and the channels of its versions that only check the correction."""
+
+    network: Network
+    held_out: tuple[dict[str, int], ...] = ()
+
+
 class Provenance(Document):
     """The JSON file beside a table: what was measured on, with what, when.
 
     ``sessions`` has one entry for each time that rows were added: when it ended, the load before and after, and what the
-    anchor kernel took, in order. ``divisors`` are the channel divisors found on the device, by precision.
+    anchor kernel took, in order. ``divisors`` are the channel divisors found on the device, by precision;
+    ``networks`` by `correct.network_id`, so that ``corrections`` can be fitted anew when rows are added.
     """
 
     target: str
@@ -138,6 +146,7 @@ class Provenance(Document):
     sessions: tuple[Session, ...] = ()
     divisors: dict[str, int] = Field(default={})
     corrections: tuple[Correction, ...] = ()
+    networks: dict[str, Profile] = Field(default={})
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,11 @@ def read_networks(table: Path) -> list[NetworkRow]:
     return read_lines(path, NetworkRow, "measured networks of the latency table") if path.exists() else []
 
 
+def fitted_rows(rows: Sequence[NetworkRow], network: str, held_out: Sequence[Mapping[str, int]]) -> list[NetworkRow]:
+    """The rows of ``network`` but for the versions that only check the correction."""
+    return [row for row in rows if row.network == network and row.keep_channels not in held_out]
+
+
 def averaged(rows: Sequence[NetworkRow]) -> list[NetworkRow]:
     """One row per sub-network and precision: the mean of its sessions. Where a network's data comes to lie in the shared
     cache differs from session to session, and with it the time of networks that fill the cache."""
