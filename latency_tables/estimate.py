@@ -6,6 +6,7 @@ comes out is an estimate with a wide band, and is never shown as anything else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +20,7 @@ from edgecompress.latency_tables.features import Features, features_of
 from edgecompress.latency_tables.targets import running_precision
 from edgecompress.spec import Document, Frozen, Source, Target
 
-Model = Literal["MACs + floor", "features"]
+Model = Literal["MACs", "MACs + floor", "features"]
 
 
 class Errors(Frozen):
@@ -35,16 +36,18 @@ class Errors(Frozen):
 
     @property
     def best(self) -> Model:
-        """The model to take: features only where they err less. MACs alone are a yardstick, never taken."""
-        return "features" if self.features is not None and self.features < self.floor else "MACs + floor"
+        """The model that errs least; of two that err alike, MACs + floor."""
+        models: tuple[Model, ...] = ("MACs + floor", "MACs", "features")
+        return min(models, key=self.of)
 
     def of(self, model: Model) -> float:
         """The error of ``model``."""
-        return self.features if model == "features" and self.features is not None else self.floor
+        known = {"MACs": self.macs, "MACs + floor": self.floor, "features": self.features}[model]
+        return math.inf if known is None else known
 
 
 class Coefficients(Frozen):
-    """One fit: ``us = floor_us + features . us_per`` on the target. MACs + floor has one price for all MACs, 0 for the rest.
+    """One fit: ``us = floor_us + features . us_per`` on the target. MACs (+ floor) has one price for all MACs, 0 for the rest.
 
     On a CPU nothing is launched: below ``proportional_below_mmacs``, its smallest network, the floor is in proportion.
     ``errors`` are those of all models over ``networks``, and ``loo_error`` that of ``model``; ``scale_error`` is how far

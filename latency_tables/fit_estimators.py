@@ -135,9 +135,10 @@ def coefficients(samples: Sequence[Sample], recipe: Recipe, scale_error: float, 
     if errors.best == "features":
         found = fit_features(featured(samples, recipe.slope), prior)
     else:
-        rate = prior.values[f"slope {recipe.slope}"]
+        taken = prior if errors.best == "MACs + floor" else fit(samples, floors=False)
+        rate = taken.values[f"slope {recipe.slope}"]
         prices = Features(pointwise_mmacs=rate, spatial_mmacs=rate, depthwise_mmacs=rate)
-        found = FeatureFit(prior.values[f"floor {recipe.floor}"], prices)
+        found = FeatureFit(taken.values.get(f"floor {recipe.floor}", 0.0), prices)
     ratio = 1.0
     if recipe.ratio is not None:
         ratio = prior.values[f"slope {recipe.ratio[0]}"] / prior.values[f"slope {recipe.ratio[1]}"]
@@ -242,8 +243,9 @@ def main(out: Path, trace: bool) -> None:
             errors, star = known.errors, {known.model: "*"}
             rich = "-" if errors.features is None else f"{errors.features:.0%}"
             click.echo(
-                f"{name:18} {precision:5} {errors.macs:23.0%} {errors.floor:12.0%}{star.get('MACs + floor', ' ')} "
-                f"{rich:>8}{star.get('features', ' ')} {known.scale_error:6.0%} {known.networks:9}"
+                f"{name:18} {precision:5} {errors.macs:22.0%}{star.get('MACs', ' ')} "
+                f"{errors.floor:12.0%}{star.get('MACs + floor', ' ')} {rich:>8}{star.get('features', ' ')} "
+                f"{known.scale_error:6.0%} {known.networks:9}"
             )
     write_document(out, estimators)
 

@@ -97,13 +97,14 @@ def test_errors_of_all_models_are_shown_and_the_smallest_allowed_is_taken():
     }
     for row in rows:
         known = read_estimators().classes[row.target_class][row.precision]
-        allowed = {"MACs + floor": row.errors.floor, "features": row.errors.features}
+        allowed = {"MACs": row.errors.macs, "MACs + floor": row.errors.floor, "features": row.errors.features}
         allowed = {name: error for name, error in allowed.items() if error is not None}
         assert row.chosen == min(allowed, key=allowed.get) and row.error == allowed[row.chosen] == known.loo_error
         assert row.errors.macs > 0 and (row.errors.features is None or row.networks >= 8)
         plain = {known.us_per.spatial_mmacs, known.us_per.depthwise_mmacs, known.us_per.pointwise_mmacs}
         assert (len(plain) == 1 and known.us_per.kernels == 0) or row.chosen == "features"
-    assert {row.chosen for row in rows} == {"MACs + floor", "features"}
+        assert known.floor_us > 0 or row.chosen != "MACs + floor"
+    assert {row.chosen for row in rows} == {"MACs", "MACs + floor", "features"}
 
 
 def test_description_names_the_model_and_its_band():
