@@ -168,10 +168,10 @@ class Fixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3)
-        self.fc = nn.Linear(2, 4)
+        self.fc = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.fc(self.conv(x).mean((2, 3)).view(-1, 4, 2).mean(1))
+        result: Tensor = self.fc(self.conv(x).mean((2, 3)).view(-1, 8))
         return result
 
 
