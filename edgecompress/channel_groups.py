@@ -18,6 +18,7 @@ from edgecompress.spec import ChannelGroup
 WEIGHTED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 _OUTPUT = "its channels are the network's output"
 _SHUFFLE = "its channels pass a channel shuffle, whose order a smaller network would not keep"
+_LOST = "its channels cannot be followed through the splits and shuffles behind it"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Cut:
     channel: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Candidate:
     group: ChannelGroup
     cuts: tuple[Cut, ...]
@@ -77,17 +78,21 @@ def channel_groups(
         BadModelError: the dependency graph cannot be built.
     """
     try:
-        found = [c for items, graph in _raw_groups(model, example) if (c := _candidate(model, items, graph, order))]
+        found = list(_candidates(model, example, order))
     except Exception as error:
         raise BadModelError(
             f"{name} cannot be traced into channel groups ({type(error).__name__}: {error}). Export it without pruning."
         ) from error
     reasons = {c.group.id: c.group.reason for c in found if c.group.reason}
     open_ones = [c for c in found if not c.group.reason]
-    # Statistics over channels change with the channels: there only shapes can be compared.
-    mixing = [c for c in open_ones if any(isinstance(owner_of(model, cut.module), _MIXING) for cut in c.cuts)]
-    for some, exact in (([c for c in open_ones if c not in mixing], True), (mixing, False)):
-        reasons |= _failures(model, example, some, exact=exact)
+    # Those at the end of the network fail, most likely: apart from them, all others pass one trial together. Statistics over
+    # channels change with the channels: there only shapes can be compared.
+    ends = [c for c in open_ones if c.reaches_output or order[-1] in c.group.members]
+    inner = [c for c in open_ones if c not in ends]
+    for part in (ends, inner):
+        mixing = [c for c in part if any(isinstance(owner_of(model, cut.module), _MIXING) for cut in c.cuts)]
+        reasons |= _failures(model, example, [c for c in part if c not in mixing], exact=True)
+        reasons |= _failures(model, example, mixing, exact=False)
     position = {key: number for number, key in enumerate(order)}
     groups = (
         c.group.model_copy(update={"prunable": c.group.id not in reasons, "reason": reasons.get(c.group.id, "")})
@@ -99,7 +104,7 @@ def channel_groups(
 _MIXING = (nn.GroupNorm, nn.LayerNorm)
 
 
-def _raw_groups(model: nn.Module, example: Tensor) -> Iterator[tuple[Any, Any]]:
+def _candidates(model: nn.Module, example: Tensor, order: Sequence[str]) -> Iterator[_Candidate]:
     """Torch-Pruning's groups, read off autograd; a caller may well stand in torch.no_grad()."""
     from torch_pruning import DependencyGraph
     from torch_pruning.dependency import index_mapping
@@ -118,23 +123,34 @@ def _raw_groups(model: nn.Module, example: Tensor) -> Iterator[tuple[Any, Any]]:
             graph = DependencyGraph().build_dependency(model, example_inputs=example, verbose=False)
             # Nothing is cut while the groups are read: updating the whole graph for each would take minutes.
             index_mapping.update_index_mapping = lambda graph: None
-            for items in list(graph.get_all_groups(root_module_types=list(WEIGHTED))):
-                yield items, graph
+            seen: set[str] = set()
+            for key in order:
+                if key not in seen and (found := _candidate(model, key, graph, order)):
+                    seen |= set(found.group.members)
+                    yield found
         finally:
             index_mapping.update_reshape_index_mapping, index_mapping.update_index_mapping = reshape, update
 
 
-def _candidate(model: nn.Module, items: Any, graph: Any, order: Sequence[str]) -> _Candidate | None:
+def _candidate(model: nn.Module, key: str, graph: Any, order: Sequence[str]) -> _Candidate | None:
+    """The group of the output channels of the layer ``key``; None where no autograd graph leads to it."""
     from torch_pruning import ops
 
+    root = model.get_submodule(key)
+    if root not in graph.module2node:
+        return None
+    pruner = graph.get_pruner_of_module(root)
+    total = int(pruner.get_out_channels(root))
+    try:
+        items = graph.get_pruning_group(root, pruner.prune_out_channels, list(range(total)))
+    except IndexError:  # a split whose parts it counts wrongly
+        return _Candidate(ChannelGroup(id=key, width=total, members=(key,), prunable=False, reason=_LOST), ())
     paths: dict[Any, str] = {module: key for key, module in model.named_modules()}
     paths |= {parameter: key for key, parameter in model.named_parameters()}
     targets = [item.dep.target for item in items]
     outs = [graph.is_out_channel_pruning_fn(item.dep.handler) for item in items]
     touched = {paths.get(target.module) for target, out in zip(targets, outs, strict=True) if out}
     members = tuple(key for key in order if key in touched)
-    if not members:
-        return None
     cuts, chunks = [], []
     for item, out in zip(items, outs, strict=True):
         module = item.dep.target.module
@@ -165,7 +181,7 @@ def _candidate(model: nn.Module, items: Any, graph: Any, order: Sequence[str]) -
     group = ChannelGroup(
         id=members[0], width=width, members=members, norm_params_per_channel=norms, prunable=not reason, reason=reason
     )
-    return _Candidate(group, tuple(cuts), any(isinstance(target.module, ops._OutputOp) for target in targets))
+    return _Candidate(group, tuple(cuts), at_output)
 
 
 def _reshape_type() -> object:
@@ -193,7 +209,8 @@ def _units(width: int, periods: Sequence[tuple[Tensor, Tensor, int]]) -> Tensor:
             least = torch.full((period,), width).scatter_reduce(0, place, label[channel], "amin")
             label = label.scatter_reduce(0, channel, least[place], "amin")
         if torch.equal(label, before):
-            return torch.unique(label, return_inverse=True)[1]
+            unit: Tensor = torch.unique(label, return_inverse=True)[1]
+            return unit
 
 
 def _even(units: Tensor, count: int) -> bool:

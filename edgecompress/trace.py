@@ -87,7 +87,7 @@ def _extents(model: nn.Module, example: Tensor, name: str) -> dict[str, _Extent]
 
     def note(key: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
         first, last = (1, -1) if isinstance(module, nn.Linear) else (2, None)  # a linear layer has its channels last
-        spatial = [tuple(t.shape[first:last]) if t.dim() == 4 else (1, 1) for t in (x, y)]
+        spatial = [(int(t.shape[first]), int(t.shape[first + 1])) if t.dim() == 4 else (1, 1) for t in (x, y)]
         applied = (x if isinstance(module, nn.ConvTranspose2d) else y).shape[first:last]
         found.setdefault(key, []).append(_Extent(spatial[0], spatial[1], math.prod(applied)))
 
