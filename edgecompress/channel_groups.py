@@ -168,8 +168,9 @@ def _candidate(model: nn.Module, key: str, graph: Any, order: Sequence[str]) -> 
     shuffled = any(
         len(getattr(t.grad_fn, "_saved_self_sym_sizes", ())) > 4 for t in targets if t.type == _reshape_type()
     )
+    at_output = any(isinstance(target.module, ops._OutputOp) for target in targets)
     reason = (
-        _SHUFFLE if shuffled
+        _SHUFFLE if shuffled and not at_output
         else "some of its layers read only a part of its channels" if not all(even)
         else f"it has {width} channel" if width < 2
         else f"its {width} channels must all go together" if count < 2
