@@ -98,7 +98,7 @@ def check_batch(model: nn.Module, example: Tensor, one: list[Tensor], name: str)
     """
     try:
         with torch.no_grad():
-            two = tensors_of(model(torch.cat([example, example.flip(-1)])))
+            two = tensors_of(model(torch.cat([example, example.square()])))
     except Exception as error:
         raise BadModelError(
             f"{name} runs on one image and fails on two: {error}. Its shapes depend on the batch; write x.flatten(1) or "
