@@ -144,20 +144,30 @@ def examine(bench: Benchmark, name: str, factory: Factory, size: int, folder: Pa
 
 
 def reload(folder: Path) -> dict[str, float]:
-    """Rebuild every network that lies in ``folder``: the largest relative difference of its outputs, per name."""
+    """Rebuild every network that lies in ``folder``: the largest relative difference of its outputs, per name.
+
+    What was rebuilt is noted beside the network, so that this may be begun while others are still examined.
+    """
     found = {}
     for path in sorted(folder.glob("*/keep.json")):
-        saved = json.loads(path.read_text())
-        factory, size = networks()[saved["name"]]
-        model = factory()
-        smaller = prune(model, trace(model, (3, size, size), saved["name"], shared=True), saved["keep"])
-        smaller.load_state_dict(load_file(path.parent / "model.safetensors"))
-        wanted = load_file(path.parent / "outputs.safetensors")
-        with torch.no_grad():
-            outputs = tensors_of(smaller.eval()(images(size)))
-        scale = max(float(value.abs().max()) for value in wanted.values())
-        found[saved["name"]] = max(float((y - wanted[str(i)]).abs().max()) for i, y in enumerate(outputs)) / scale
+        saved, note = json.loads(path.read_text()), path.with_name("difference.json")
+        if not note.exists():
+            note.write_text(json.dumps(rebuilt_difference(path.parent, saved["name"], saved["keep"])))
+        found[saved["name"]] = json.loads(note.read_text())
     return found
+
+
+def rebuilt_difference(place: Path, name: str, keep: dict[str, int]) -> float:
+    """How far the network that is rebuilt from its widths and weights is from the saved outputs, relative to the largest."""
+    factory, size = networks()[name]
+    model = factory()
+    smaller = prune(model, trace(model, (3, size, size), name, shared=True), keep)
+    smaller.load_state_dict(load_file(place / "model.safetensors"))
+    wanted = load_file(place / "outputs.safetensors")
+    with torch.no_grad():
+        outputs = tensors_of(smaller.eval()(images(size)))
+    scale = max(float(value.abs().max()) for value in wanted.values())
+    return max(float((y - wanted[str(i)]).abs().max()) for i, y in enumerate(outputs)) / scale
 
 
 def measure(bench: Benchmark, folder: Path) -> None:
