@@ -44,6 +44,10 @@ class Benchmark:
         """A figure that must reach its limit."""
         self._add(Bar(bar, round(value, 6), limit, unit, value >= limit), ">=")
 
+    def misses(self, bar: str, value: float, limit: float, unit: str, reason: str) -> None:
+        """A figure that does not reach its limit, and why."""
+        self._add(Bar(bar, round(value, 6), limit, unit, False, reason), "limit")
+
     def not_run(self, bar: str, limit: float, unit: str, reason: str) -> None:
         """A figure that is owed."""
         self._add(Bar(bar, None, limit, unit, False, reason), "")
@@ -96,7 +100,9 @@ def write_page(name: str, document: dict[str, Any]) -> None:
     lines += [f"* {key}: {value}" for key, value in document["provenance"].items() if key != "command"]
     lines += ["", "| | figure | value | limit | unit |", "|---|---|---|---|---|"]
     for bar in bars:
-        value = bar["reason"] if bar["value"] is None else f"{bar['value']:.5g}"
+        value = " ".join(
+            part for part in ("" if bar["value"] is None else f"{bar['value']:.5g}", bar["reason"]) if part
+        )
         lines.append(
             f"| {'holds' if bar['holds'] else '**missed**'} | {bar['bar']} | {value} | {bar['limit']:g} | {bar['unit']} |"
         )

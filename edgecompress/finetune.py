@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ def train(
         on_epoch: told the epoch, their number and the mean loss.
 
     Raises:
-        EdgeCompressError: the loss is no longer finite; the model keeps its last good state.
+        EdgeCompressError: the loss or its gradients are no longer finite; the model keeps its last good state.
     """
     own_way = {id(parameter) for parameter in noise}
     trained = [
@@ -90,16 +91,13 @@ def train(
             if penalty is not None:
                 loss = loss + penalty(progress)
             if not torch.isfinite(loss):
-                model.load_state_dict(good)
-                raise EdgeCompressError(
-                    f"The loss became {loss.item()} in epoch {epoch + 1}, step {step + 1}; the network keeps the state of the "
-                    "last whole epoch. Lower the learning rate."
-                )
+                _give_up(model, good, f"The loss became {loss.item()} in epoch {epoch + 1}, step {step + 1}")
             optimizer.zero_grad()
             if adam is not None:
                 adam.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(trained, 5.0)
+            if not torch.isfinite(nn.utils.clip_grad_norm_(trained, 5.0)):  # a finite loss may have such gradients
+                _give_up(model, good, f"The gradients became infinite or NaN in epoch {epoch + 1}, step {step + 1}")
             optimizer.step()
             if adam is not None:
                 adam.step()
@@ -109,6 +107,11 @@ def train(
         if on_epoch is not None:
             on_epoch(epoch + 1, settings.epochs, total / steps)
     return model.eval()
+
+
+def _give_up(model: nn.Module, good: dict[str, Tensor], what: str) -> NoReturn:
+    model.load_state_dict(good)
+    raise EdgeCompressError(f"{what}; the network keeps the state of the last whole epoch. Lower the learning rate.")
 
 
 def _schedule(progress: float, epochs: int) -> float:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from edgecompress.channel_groups import cut_channels, owner_of
 from edgecompress.data import Dataset
 from edgecompress.errors import UnknownNameError, UsageError
-from edgecompress.trace import Traced, cut_channels
+from edgecompress.trace import Traced
 
 Importance = Callable[[nn.Module, Traced], dict[str, Tensor]]
 
@@ -34,14 +35,16 @@ def _weight_importance(
 ) -> dict[str, Tensor]:
     scores = {group.id: torch.zeros(group.width) for group in traced.network.groups}
     for cut in traced.cuts:
-        weight = getattr(model.get_submodule(cut.module), "weight", None)
+        owner = owner_of(model, cut.module)
+        weight = getattr(owner, "weight", None)
         if weight is None or weight.dim() < 2:
             continue
         axis = 0 if cut.side == "out" or weight.shape[1] == 1 else 1
-        if isinstance(model.get_submodule(cut.module), nn.ConvTranspose2d):
+        if isinstance(owner, nn.ConvTranspose2d):
             axis = 1 - axis
         rows = reduce(weight.detach().transpose(0, axis).flatten(1))
-        scores[cut.group].index_add_(0, cut.channel, rows[cut.index])
+        # Channels at equal places of a grouped convolution's groups are read by the same slices of its weight.
+        scores[cut.group].index_add_(0, cut.channel, rows[cut.index % len(rows)])
     return {key: finish(value) for key, value in scores.items()}
 
 

@@ -89,7 +89,8 @@ class ChannelGroup(Frozen):
     """Channels that must be cut together. ``reason`` says why a group is not prunable, and is empty otherwise.
 
     ``members`` are the layers whose outputs it cuts; ``norm_params_per_channel`` counts the learned elements of
-    normalisation layers that go with one channel.
+    normalisation layers that go with one channel. Where a grouped convolution or a GroupNorm is among them, one of ``width``
+    stands for one channel in each of its groups, so that these stay equally wide.
     """
 
     id: str

@@ -97,6 +97,23 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_whole_epoch(data):
     assert all(torch.equal(value, states[-1][key]) for key, value in model.state_dict().items())
 
 
+def test_gradients_that_are_not_finite_stop_before_they_reach_the_weights(data):
+    """The square root of zero is a finite loss with an infinite slope; it comes in the last step of an epoch."""
+    states, steps = [], 6
+    model = fresh()
+
+    def steep(progress: float) -> torch.Tensor:
+        return 0 * next(model.parameters()).sum() if progress < 0.45 else (0 * next(model.parameters()).sum()).sqrt()
+
+    with pytest.raises(EdgeCompressError, match=rf"gradients became infinite or NaN in epoch 2, step {steps};"):
+        train(
+            model, data, SETTINGS, penalty=steep,
+            on_epoch=lambda *_: states.append({k: v.clone() for k, v in model.state_dict().items()}),
+        )  # fmt: skip
+    assert len(states) == 1
+    assert all(torch.equal(value, states[0][key]) for key, value in model.state_dict().items())
+
+
 def test_distillation_copies_a_teacher_against_the_labels(data):
     """The teacher calls every class by the next one's name: only a student that listens learns that."""
     shifted = replace(data, train=type(data.train)(data.train.images, (data.train.labels + 1) % 4))

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from sample_networks import NETWORKS, Residual, patterns, settled, unprunable
 from torch import Tensor, nn
 
+from edgecompress.channel_groups import tensors_of
 from edgecompress.cost import count, kernels
 from edgecompress.errors import BadModelError, UnknownNameError, UsageError
 from edgecompress.models import CifarVgg, build_model
 from edgecompress.prune import importance_by_name, l1_importance, l2_importance, prune, reestimate_batchnorm
+from edgecompress.raw_heads import RawHeads
 from edgecompress.spec import CompressionPolicy
 from edgecompress.trace import fingerprint, trace
 
@@ -168,10 +170,10 @@ class Fixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3)
-        self.fc = nn.Linear(2, 4)
+        self.fc = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.fc(self.conv(x).mean((2, 3)).view(-1, 4, 2).mean(1))
+        result: Tensor = self.fc(self.conv(x).mean((2, 3)).view(-1, 8))
         return result
 
 
@@ -204,6 +206,152 @@ def test_impossible_widths_are_refused():
             prune(model, traced, {"stem.0": width})
 
 
+class Grouped(nn.Module):
+    """A grouped convolution between two others, then a transposed one (ResNeXt, RegNet; decoders)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduce, self.grouped = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 18, 3, padding=1, groups=3)
+        self.expand, self.up = nn.Conv2d(18, 8, 1), nn.ConvTranspose2d(8, 6, 2, 2)
+        self.head = nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(F.relu(self.up(F.relu(self.expand(F.relu(self.grouped(F.relu(self.reduce(x)))))))))
+        return result
+
+
+def test_groups_of_a_grouped_convolution_stay_equally_wide():
+    model, shape = settled(Grouped()), (3, 8, 8)
+    traced = trace(model, shape, "grouped")
+    groups = {group.id: group for group in traced.network.groups}
+    assert {key: group.width for key, group in groups.items()} == {
+        "reduce": 4,
+        "grouped": 6,
+        "expand": 8,
+        "up": 6,
+        "head": 2,
+    }
+    assert [key for key, group in groups.items() if not group.prunable] == ["head"]
+    widths, scores = (
+        {"reduce": 3, "grouped": 2, "expand": 5, "up": 4},
+        {k: torch.rand(g.width) for k, g in groups.items()},
+    )
+    smaller = prune(model, traced, widths, scores)
+    assert smaller.grouped.weight.shape == (6, 3, 3, 3) and smaller.grouped.groups == 3
+    x = torch.randn(2, *shape)
+    kept = {key: scores[key].topk(width).indices for key, width in widths.items()}
+    y = x
+    for name in (
+        "reduce",
+        "grouped",
+        "expand",
+        "up",
+    ):  # one of `grouped`'s six is a channel of each of its three groups
+        y = F.relu(model.get_submodule(name)(y))
+        places = groups[name].width
+        mask = torch.isin(torch.arange(y.shape[1]) % places, kept[name])
+        y = y * mask.view(1, -1, 1, 1)
+    assert torch.allclose(smaller(x), model.head(y), atol=1e-5)
+    cost = count(traced.network, CompressionPolicy(model="", keep_channels=widths))
+    assert cost.params == sum(parameter.numel() for parameter in smaller.parameters())
+    assert prune(model, traced, {"grouped": 3}).grouped.out_channels == 9  # by the default importance
+
+
+class Scaled(nn.Module):
+    """Channels-last linear layers, a layer norm over channels, and a scale that is a parameter by itself (ConvNeXt)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 4, 4), nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.scale = nn.Parameter(torch.full((8, 1, 1), 0.5))
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.down(F.gelu(self.up(self.norm(x.permute(0, 2, 3, 1))))).permute(0, 3, 1, 2)
+        result: Tensor = self.fc((x + self.scale * y).mean((2, 3)))
+        return result
+
+
+def test_scale_parameters_and_layer_norms_are_cut_with_their_channels():
+    model = Scaled().eval()
+    traced = trace(model, (3, 16, 16), "scaled")
+    assert {g.id: (g.width, g.norm_params_per_channel) for g in traced.network.prunable_groups} == {
+        "stem": (8, 3),
+        "up": (16, 0),
+    }
+    assert {layer.name: layer.macs for layer in traced.network.layers}["up"] == 8 * 16 * 4 * 4
+    widths = {"stem": 5, "up": 7}
+    smaller = prune(model, traced, widths)
+    assert smaller.scale.shape == (5, 1, 1) and smaller.norm.normalized_shape == (5,)
+    assert smaller(torch.randn(2, 3, 16, 16)).shape == (2, 4)
+    cost = count(traced.network, CompressionPolicy(model="", keep_channels=widths))
+    assert cost.params == sum(parameter.numel() for parameter in smaller.parameters())
+
+
+def test_channels_before_a_shuffle_stay_and_those_inside_a_branch_go():
+    from torchvision.models.shufflenetv2 import InvertedResidual
+
+    block = nn.Sequential(
+        nn.Conv2d(3, 16, 1), InvertedResidual(16, 16, 1), nn.AvgPool2d(8), nn.Flatten(), nn.Linear(16, 4)
+    )
+    model = settled(block)
+    traced = trace(model, (3, 8, 8), "shuffle")
+    groups = {group.id: group for group in traced.network.groups}
+    assert groups["1.branch2.0"].prunable and set(groups["0"].members) == {"0", "1.branch2.5"}
+    assert not groups["0"].prunable and "channel shuffle" in groups["0"].reason
+    assert prune(model, traced, {"1.branch2.0": 3})(torch.randn(2, 3, 8, 8)).shape == (2, 4)
+
+
+class Heads(nn.Module):
+    """Two outputs in a dictionary, as DeepLab returns them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1)
+        self.out, self.aux = nn.Conv2d(12, 3, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = F.relu(self.stem(x))
+        return {"out": self.out(F.relu(self.deep(x))), "aux": self.aux(x)}
+
+
+def test_all_outputs_are_traced_and_keep_their_channels():
+    model = settled(Heads())
+    traced = trace(model, (3, 8, 8), "heads")
+    assert {group.id: group.prunable for group in traced.network.groups} == {
+        "stem": True, "deep": True, "out": False, "aux": False,
+    }  # fmt: skip
+    outputs = prune(model, traced, {"stem": 4, "deep": 6}).train()(torch.randn(2, 3, 8, 8))
+    sum(tensor.sum() for tensor in tensors_of(outputs)).backward()
+    assert [tuple(tensor.shape) for tensor in tensors_of(outputs)] == [(2, 3, 8, 8)] * 2
+
+
+def test_detector_is_pruned_through_its_raw_heads():
+    from torchvision.models.detection.retinanet import RetinaNetHead
+
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Sequential(nn.Conv2d(3, 12, 4, 4), nn.ReLU(), nn.Conv2d(12, 8, 1))
+            self.head = RetinaNetHead(8, num_anchors=3, num_classes=5)
+
+    model = RawHeads(Detector()).eval()
+    traced = trace(model, (3, 32, 32), "detector", shared=True)
+    fixed = [group for group in traced.network.groups if not group.prunable]
+    assert {group.reason for group in fixed} == {"its channels are the network's output"} and len(fixed) == 2
+    smaller = prune(model, traced, {group.id: group.width // 2 for group in traced.network.prunable_groups})
+    assert [tuple(tensor.shape) for tensor in smaller(torch.randn(2, 3, 32, 32))] == [(2, 192, 5), (2, 192, 4)]
+    with pytest.raises(BadModelError, match="no 'backbone' and 'head'"):
+        RawHeads(nn.Sequential())
+
+
+def test_layer_that_runs_twice_costs_twice():
+    network = trace(Twice(), (3, 8, 8), "twice", shared=True).network
+    assert {layer.name: layer.macs for layer in network.layers}["conv"] == 2 * 3 * 3 * 9 * 64
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -231,6 +379,65 @@ def test_weights_that_are_not_finite_are_refused_by_name(value):
 def test_forward_that_fails_is_refused_with_the_shape():
     with pytest.raises(BadModelError, match=r"residual fails on one image of shape \(1, 16, 16\)"):
         trace(Residual(4), (1, 16, 16), "residual")
+
+
+class Acts(nn.Module):
+    """One convolution and what ``act`` does to its output."""
+
+    def __init__(self, act) -> None:
+        super().__init__()
+        self.conv, self.act = nn.Conv2d(3, 4, 1), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.act(self.conv(x).mean((2, 3)))
+        return result
+
+
+class Auxiliary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc, self.aux = nn.Conv2d(3, 4, 1), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor):
+        x = self.conv(x).mean((2, 3))
+        return (self.fc(x), self.aux(x)) if self.training else self.fc(x)
+
+
+def hooked() -> nn.Module:
+    model = Residual(4)
+    model.a1[0].register_forward_hook(lambda m, x, y: 2 * y)
+    return model
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1))
+    model[1].weight = model[0].weight
+    return model
+
+
+BAD_MODELS = {
+    "branch": (lambda: Acts(lambda x: x if x.sum() > 0 else -x), r"depends on the image: .*\(__bool__\) \(.*test_trace_prune"),
+    "number": (lambda: Acts(lambda x: x * x.max().item()), r"depends on the image: it reads a tensor's value \(item\)"),
+    "one image": (lambda: Acts(lambda x: x.sum(0)), "its shapes depend on the batch"),
+    "only one": (lambda: Acts(lambda x: x.view(1, 4)), "runs on one image and fails on two"),
+    "mixed": (lambda: Acts(lambda x: x - x.mean(0)), "another output when a second one is beside it"),
+    "nothing": (lambda: Acts(lambda x: None), "returns no tensor"),
+    "hook": (hooked, r"The layer 'a1\.0' of bad has a hook"),
+    "weight norm": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))), "hook or a parametrization",
+    ),
+    "tied": (tied, r"'0\.weight' and '1\.weight' of bad are one tensor"),
+    "auxiliary": (Auxiliary, r"'aux' of bad runs in training only.*aux_logits=False"),
+    "devices": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1, device="meta")), "are on cpu and meta"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_network_that_cannot_be_cut_is_refused_in_one_sentence(case):
+    make, wanted = BAD_MODELS[case]
+    with pytest.raises(BadModelError, match=wanted) as caught:
+        trace(make(), (3, 8, 8), "bad")
+    assert "\n" not in str(caught.value)
 
 
 def test_network_without_layers_is_refused():

@@ -1,0 +1,306 @@
+"""Which channels must go together, and how they go. Torch-Pruning's dependency graph walks the network; we only read it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgecompress.errors import BadModelError
+from edgecompress.spec import ChannelGroup
+
+WEIGHTED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+_OUTPUT = "its channels are the network's output"
+_SHUFFLE = "its channels pass a channel shuffle, whose order a smaller network would not keep"
+_LOST = "its channels cannot be followed through the splits and shuffles behind it"
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where one group cuts one module: position ``index[i]`` of ``side`` goes when the group's channel ``channel[i]`` goes.
+
+    ``module`` is the path of a module, or of a parameter that stands by itself.
+    """
+
+    group: str
+    module: str
+    side: str  # "out" or "in"
+    index: Tensor
+    channel: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Candidate:
+    group: ChannelGroup
+    cuts: tuple[Cut, ...]
+    reaches_output: bool = False
+
+
+def tensors_of(outputs: object) -> list[Tensor]:
+    """All tensors in what a network returned: a tensor, or dictionaries, lists and tuples of them."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, Mapping):
+        return tensors_of(list(outputs.values()))
+    if isinstance(outputs, list | tuple):
+        return [tensor for output in outputs for tensor in tensors_of(output)]
+    return []
+
+
+def owner_of(model: nn.Module, path: str) -> nn.Module | nn.Parameter:
+    """The module or the parameter at ``path``."""
+    parent, _, leaf = path.rpartition(".")
+    found = getattr(model.get_submodule(parent), leaf) if leaf else model
+    assert isinstance(found, nn.Module | nn.Parameter)
+    return found
+
+
+def channel_groups(
+    model: nn.Module, example: Tensor, name: str, order: Sequence[str]
+) -> tuple[tuple[ChannelGroup, ...], tuple[Cut, ...]]:
+    """The channel groups of ``model`` in the order of their first layers, and where each cuts.
+
+    A group that cannot be cut says why: its trial cut failed, changed the shape of an output, or changed values that the
+    lost channels had no part in.
+
+    Args:
+        model: in eval mode, on the CPU. It is not changed.
+        example: ``[1, C, H, W]``.
+        order: names of the layers with weights, in the order in which they run.
+
+    Raises:
+        BadModelError: the dependency graph cannot be built.
+    """
+    try:
+        found = list(_candidates(model, example, order))
+    except Exception as error:
+        raise BadModelError(
+            f"{name} cannot be traced into channel groups ({type(error).__name__}: {error}). Export it without pruning."
+        ) from error
+    reasons = {c.group.id: c.group.reason for c in found if c.group.reason}
+    open_ones = [c for c in found if not c.group.reason]
+    # Those at the end of the network fail, most likely: apart from them, all others pass one trial together. Statistics over
+    # channels change with the channels: there only shapes can be compared.
+    ends = [c for c in open_ones if c.reaches_output or order[-1] in c.group.members]
+    inner = [c for c in open_ones if c not in ends]
+    for part in (ends, inner):
+        mixing = [c for c in part if any(isinstance(owner_of(model, cut.module), _MIXING) for cut in c.cuts)]
+        reasons |= _failures(model, example, [c for c in part if c not in mixing], exact=True)
+        reasons |= _failures(model, example, mixing, exact=False)
+    position = {key: number for number, key in enumerate(order)}
+    groups = (
+        c.group.model_copy(update={"prunable": c.group.id not in reasons, "reason": reasons.get(c.group.id, "")})
+        for c in found
+    )
+    return tuple(sorted(groups, key=lambda group: position[group.id])), tuple(cut for c in found for cut in c.cuts)
+
+
+_MIXING = (nn.GroupNorm, nn.LayerNorm)
+
+
+def _candidates(model: nn.Module, example: Tensor, order: Sequence[str]) -> Iterator[_Candidate]:
+    """Torch-Pruning's groups, read off autograd; a caller may well stand in torch.no_grad()."""
+    from torch_pruning import DependencyGraph
+    from torch_pruning.dependency import index_mapping
+
+    reshape, update = index_mapping.update_reshape_index_mapping, index_mapping.update_index_mapping
+
+    def tolerant(graph: Any, node: Any) -> None:
+        # A channel shuffle leaves it without channels to divide by; `_candidate` then refuses the groups that pass it.
+        with contextlib.suppress(ZeroDivisionError):
+            reshape(graph, node)
+
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            index_mapping.update_reshape_index_mapping = tolerant
+            graph = DependencyGraph().build_dependency(model, example_inputs=example, verbose=False)
+            # Nothing is cut while the groups are read: updating the whole graph for each would take minutes.
+            index_mapping.update_index_mapping = lambda graph: None
+            seen: set[str] = set()
+            for key in order:
+                if key not in seen and (found := _candidate(model, key, graph, order)):
+                    seen |= set(found.group.members)
+                    yield found
+        finally:
+            index_mapping.update_reshape_index_mapping, index_mapping.update_index_mapping = reshape, update
+
+
+def _candidate(model: nn.Module, key: str, graph: Any, order: Sequence[str]) -> _Candidate | None:
+    """The group of the output channels of the layer ``key``; None where no autograd graph leads to it."""
+    from torch_pruning import ops
+
+    root = model.get_submodule(key)
+    if root not in graph.module2node:
+        return None
+    pruner = graph.get_pruner_of_module(root)
+    total = int(pruner.get_out_channels(root))
+    try:
+        items = graph.get_pruning_group(root, pruner.prune_out_channels, list(range(total)))
+    except IndexError:  # a split whose parts it counts wrongly
+        return _Candidate(ChannelGroup(id=key, width=total, members=(key,), prunable=False, reason=_LOST), ())
+    paths: dict[Any, str] = {module: key for key, module in model.named_modules()}
+    paths |= {parameter: key for key, parameter in model.named_parameters()}
+    targets = [item.dep.target for item in items]
+    outs = [graph.is_out_channel_pruning_fn(item.dep.handler) for item in items]
+    touched = {paths.get(target.module) for target, out in zip(targets, outs, strict=True) if out}
+    members = tuple(key for key in order if key in touched)
+    cuts, chunks = [], []
+    for item, out in zip(items, outs, strict=True):
+        module = item.dep.target.module
+        index, channel = torch.tensor(list(item.idxs)), torch.tensor(list(item.root_idxs))
+        if isinstance(module, ops._SplitOp) and len(set(module.split_sizes or ())) == 1:
+            chunks.append((index, channel, int(module.split_sizes[0])))
+        if module not in paths or (isinstance(module, nn.Module) and not list(module.parameters(recurse=False))):
+            continue
+        cuts.append(Cut(members[0], paths[module], "out" if out else "in", index, channel))
+    width = len(items[0].idxs)
+    periods = [(c.index, c.channel, p) for c in cuts if (p := _period(owner_of(model, c.module), c.side))]
+    unit = _units(width, periods + chunks)
+    count = int(unit.max()) + 1
+    even = [_even(unit, count)] + [_even(unit[cut.channel], count) for cut in cuts]
+    shuffled = any(
+        len(getattr(t.grad_fn, "_saved_self_sym_sizes", ())) > 4 for t in targets if t.type == _reshape_type()
+    )
+    at_output = any(isinstance(target.module, ops._OutputOp) for target in targets)
+    reason = (
+        _SHUFFLE if shuffled and not at_output
+        else "some of its layers read only a part of its channels" if not all(even)
+        else f"it has {width} channel" if width < 2
+        else f"its {width} channels must all go together" if count < 2
+        else ""
+    )  # fmt: skip
+    if not reason:
+        width, cuts = count, [replace(cut, channel=unit[cut.channel]) for cut in cuts]
+    norms = sum(len(cut.index) // width * _vectors(owner_of(model, cut.module)) for cut in cuts if cut.side == "out")
+    group = ChannelGroup(
+        id=members[0], width=width, members=members, norm_params_per_channel=norms, prunable=not reason, reason=reason
+    )
+    return _Candidate(group, tuple(cuts), at_output)
+
+
+def _reshape_type() -> object:
+    from torch_pruning import ops
+
+    return ops.OPTYPE.RESHAPE
+
+
+def _period(owner: nn.Module | nn.Parameter, side: str) -> int:
+    """Channels per group of a layer whose groups must stay equally wide; 0 for all others."""
+    if isinstance(owner, nn.GroupNorm):
+        return owner.num_channels // owner.num_groups
+    if isinstance(owner, nn.Conv2d | nn.ConvTranspose2d) and 1 < owner.groups != owner.out_channels:
+        return (owner.out_channels if side == "out" else owner.in_channels) // owner.groups
+    return 0
+
+
+def _units(width: int, periods: Sequence[tuple[Tensor, Tensor, int]]) -> Tensor:
+    """Per channel the number of what goes as one: channels at equal places of a layer's groups, joined until all agree."""
+    label = torch.arange(width)
+    while True:
+        before = label
+        for index, channel, period in periods:
+            place = index % period
+            least = torch.full((period,), width).scatter_reduce(0, place, label[channel], "amin")
+            label = label.scatter_reduce(0, channel, least[place], "amin")
+        if torch.equal(label, before):
+            unit: Tensor = torch.unique(label, return_inverse=True)[1]
+            return unit
+
+
+def _even(units: Tensor, count: int) -> bool:
+    return len(torch.unique(torch.bincount(units, minlength=count))) == 1
+
+
+def _vectors(owner: nn.Module | nn.Parameter) -> int:
+    """Learned elements per channel outside of layers with weights."""
+    if isinstance(owner, nn.Parameter):
+        return 1
+    if isinstance(owner, WEIGHTED):
+        return 0
+    return sum(parameter.dim() == 1 for parameter in owner.parameters(recurse=False))
+
+
+def _failures(model: nn.Module, example: Tensor, candidates: list[_Candidate], *, exact: bool) -> dict[str, str]:
+    """Why groups cannot be cut, per id. All are cut at once for trial; only where that fails, each half by itself."""
+    if not candidates:
+        return {}
+    problem = _trial(model, example, candidates, exact=exact)
+    if not problem:
+        return {}
+    if len(candidates) == 1:
+        return {candidates[0].group.id: problem}
+    half = len(candidates) // 2
+    return _failures(model, example, candidates[:half], exact=exact) | _failures(
+        model, example, candidates[half:], exact=exact
+    )
+
+
+def _trial(model: nn.Module, example: Tensor, candidates: list[_Candidate], *, exact: bool) -> str:
+    """Cut half of each group: the outputs must be those of the network in which nobody reads the lost channels."""
+    generator = torch.Generator().manual_seed(0)
+    keep = {c.group.id: torch.randperm(c.group.width, generator=generator)[: c.group.width // 2] for c in candidates}
+    cuts = [cut for c in candidates for cut in c.cuts]
+    smaller, deaf = copy.deepcopy(model), copy.deepcopy(model)
+    with torch.no_grad():
+        for module, side, index in _lost(cuts, keep):
+            if side == "in":
+                _silence(owner_of(deaf, module), index)
+        wanted = tensors_of(deaf(example))
+        try:
+            cut_channels(smaller, cuts, keep)
+            found = tensors_of(smaller(example))
+        except Exception as error:
+            if any(c.reaches_output for c in candidates):
+                return _OUTPUT
+            return (
+                f"cutting it breaks the forward pass: {str(error).strip().splitlines()[0] if str(error) else error!r}"
+            )
+    if [tensor.shape for tensor in found] != [tensor.shape for tensor in wanted]:
+        return _OUTPUT
+    near = 1e-3 * max((float(tensor.abs().max()) for tensor in wanted), default=0.0)
+    if exact and not all(torch.allclose(a, b, atol=near, equal_nan=True) for a, b in zip(found, wanted, strict=True)):
+        return "without its lost channels the other channels do not compute what they did"
+    return ""
+
+
+def _silence(owner: nn.Module | nn.Parameter, index: Tensor) -> None:
+    """Set the weights that read the input channels ``index`` to zero."""
+    if isinstance(owner, WEIGHTED):
+        axis = 0 if isinstance(owner, nn.ConvTranspose2d) else 1
+        owner.weight.index_fill_(axis, index % owner.weight.shape[axis], 0.0)
+
+
+def _lost(cuts: Sequence[Cut], keep: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
+    """Module, side and positions that go when only the channels in ``keep`` stay."""
+    gone: dict[tuple[str, str], list[Tensor]] = {}
+    for cut in cuts:
+        if cut.group in keep:
+            lost = ~torch.isin(cut.channel, keep[cut.group])
+            gone.setdefault((cut.module, cut.side), []).append(cut.index[lost])
+    for (name, side), parts in gone.items():
+        index = torch.unique(torch.cat(parts))
+        if len(index):
+            yield name, side, index
+
+
+def cut_channels(model: nn.Module, cuts: Sequence[Cut], keep: Mapping[str, Tensor]) -> None:
+    """Remove from ``model``, in place, all channels of each group in ``keep`` but the kept ones (indices)."""
+    from torch_pruning import function, ops
+
+    for name, side, index in _lost(cuts, keep):
+        owner = owner_of(model, name)
+        if isinstance(owner, nn.Parameter):
+            axis = max(dim for dim, size in enumerate(owner.shape) if size > 1)
+            kept = torch.tensor([place for place in range(owner.shape[axis]) if place not in set(index.tolist())])
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, nn.Parameter(owner.detach().index_select(axis, kept)))
+            continue
+        pruner = function.PrunerBox[ops.module2type(owner)]
+        (pruner.prune_out_channels if side == "out" else pruner.prune_in_channels)(owner, index.tolist())
