@@ -64,6 +64,10 @@ def images(split: str) -> tuple[np.ndarray, np.ndarray]:
     """All images ``uint8 [N, 3, 32, 32]`` and labels of ``train`` or ``test``, in the order of their names."""
     from PIL import Image
 
+    kept = CELLS / f"{split}.npz"  # reading 60,000 JPEG files takes longer than most cells
+    if kept.exists():
+        with np.load(kept) as file:
+            return file["pixels"], file["labels"]
     with tarfile.open(DATA / "cifar10-jpeg.tar.gz") as archive:
         files = {}
         for member in archive:
@@ -75,7 +79,10 @@ def images(split: str) -> tuple[np.ndarray, np.ndarray]:
     names = sorted(files)
     classes = sorted({label for label, _ in names})
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(files[name])).convert("RGB")) for name in names])
-    return pixels.transpose(0, 3, 1, 2), np.array([classes.index(label) for label, _ in names])
+    pixels, labels = pixels.transpose(0, 3, 1, 2), np.array([classes.index(label) for label, _ in names])
+    CELLS.mkdir(parents=True, exist_ok=True)
+    np.savez(kept, pixels=pixels, labels=labels)
+    return pixels, labels
 
 
 def normalised(pixels: np.ndarray) -> Tensor:

@@ -57,7 +57,7 @@ class RunFolder:
                 if name not in known:
                     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
                     raise BadFileError(
-                        f"The policy {self.path / 'policy.json'} names the {kind} '{name}', which {network.model} does not have"
+                        f"The policy {self.path / 'policy.json'} names the {kind} '{name}', which the run's network does not have"
                         f"{f' (the nearest is {near[0]!r})' if near else ''}. Mend that name, or compress again with --overwrite."
                     )
         return policy

@@ -196,8 +196,11 @@ def test_bits_that_nothing_builds_are_refused(bits: int) -> None:
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        ({"layers": {"b1.9": LayerChoice()}}, r"the layer 'b1\.9', which net does not have \(the nearest is 'b1\.0'\)"),
-        ({"keep_channels": {"nowhere": 8}}, "the channel group 'nowhere', which net does not have"),
+        (
+            {"layers": {"b1.9": LayerChoice()}},
+            r"the layer 'b1\.9', which the run's network does not have \(the nearest is 'b1\.0'\)",
+        ),
+        ({"keep_channels": {"nowhere": 8}}, "the channel group 'nowhere', which the run's network does not have"),
     ],
 )
 def test_policy_file_that_names_what_is_not_there_is_refused(tmp_path, named, message) -> None:
