@@ -46,7 +46,12 @@ from edgecompress.cli.flags import switch
     help="Look for the cheapest policy that loses at most this much; exit code 3 if the exported file loses more.",
 )  # fmt: skip
 @click.option("--stages", default="prune,quantize", show_default=True, help="Which stages to run.")
-@click.option("--agent", default="ddpg", show_default=True, help="ddpg, td3, sac, evolution, random or surrogate.")
+@click.option(
+    "--agent",
+    default="ddpg",
+    show_default=True,
+    help="ddpg, td3, sac, evolution, random, surrogate; baselines: uniform, greedy, milp.",
+)
 @click.option(
     "--episodes", type=click.IntRange(min=8), default=80, show_default=True, help="Policies evaluated per stage."
 )
@@ -67,6 +72,12 @@ from edgecompress.cli.flags import switch
 @click.option(
     "--noise-epochs", type=click.IntRange(min=0), default=3, show_default=True, help="Information dropout; 0 skips it."
 )
+@click.option(
+    "--ranges", default="mse", show_default=True,
+    help="How activation ranges are set from calibration images: mse, minmax, percentile or entropy.",
+)  # fmt: skip
+@switch("equalise", help="Balance the channels between layers before calibration (for depthwise networks).")
+@switch("bias-correction", help="Move biases by what quantisation shifts their channels, where that does not lose.")
 @click.option(
     "--qat-epochs", type=click.IntRange(min=0), default=5, show_default=True, help="Quantisation-aware training."
 )

@@ -12,13 +12,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edgecompress.baselines import STATIC
 from edgecompress.envs import Choice, PolicyEnv
 from edgecompress.errors import UnknownNameError
 from edgecompress.threads import torch_threads
 
 Floats = NDArray[np.float32]
 SB3_AGENTS = ("ddpg", "td3", "sac")
-AGENTS = (*SB3_AGENTS, "random", "evolution", "surrogate")
+AGENTS = (*SB3_AGENTS, "random", "evolution", *STATIC)
 
 
 class Agent(Protocol):
@@ -162,7 +163,7 @@ def _episode_buffer() -> type[Any]:
 
 
 def make_agent(name: str, env: PolicyEnv, seed: int) -> Agent:
-    """An agent by name; ``evolution`` and ``surrogate`` need none of their own and get the random one.
+    """An agent by name; ``evolution`` and the static ones need none of their own and get the random one.
 
     Raises:
         UnknownNameError: no such agent.

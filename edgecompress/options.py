@@ -14,6 +14,7 @@ from edgecompress.errors import UnknownNameError, UsageError
 from edgecompress.models import is_graph_file
 from edgecompress.original import fixed_graph_options
 from edgecompress.prune import IMPORTANCE
+from edgecompress.ranges import RANGES
 from edgecompress.reward import REWARDS
 from edgecompress.run_toml import is_path
 from edgecompress.spec import Config, Target, parse_budgets
@@ -55,6 +56,7 @@ def resolve(
         ("importance", config.importance, IMPORTANCE),
         ("reward", config.prune_reward, REWARDS),
         ("reward", config.quantize_reward, REWARDS),
+        ("way to set ranges", config.ranges, RANGES),
     ):
         if name not in known:
             raise UnknownNameError(kind, name, known)

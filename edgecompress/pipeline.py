@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from edgecompress.cost import LatencyModel, count
-from edgecompress.data import Dataset, load_data
+from edgecompress.data import Dataset, Split, load_data
 from edgecompress.describe import GraphModule, graph_of, traced_of
 from edgecompress.edges import with_edges
 from edgecompress.envs import Limit
@@ -29,6 +29,7 @@ from edgecompress.latency_tables.predict import latency_model
 from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.options import label, resolve, run_name
 from edgecompress.original import answered, class_names, original_network, preprocessing_of
+from edgecompress.posttraining import equalised
 from edgecompress.progress import Progress, Silent
 from edgecompress.quantize import Simulator, calibrate
 from edgecompress.report import report_on, write_report
@@ -52,6 +53,7 @@ from edgecompress.threads import torch_threads
 if TYPE_CHECKING:
     import onnx
 
+CALIBRATION_BATCH = 100
 PLANNED_BITS = 4.5  # average weight bits that stage 1 expects of stage 2 where a file stores them packed
 
 
@@ -212,7 +214,7 @@ def prepare(
     )
     integers = as_float
     if job.integer:
-        simulator = Simulator(graph, calibrate(graph, calibration_batches(data)))
+        simulator = Simulator(graph, calibrate(graph, calibration_batches(data), ranges=config.ranges))
         integers = at_8_bits(simulator, "ort", data).SerializeToString()
         write_bytes(run.file("exports") / ORIGINAL_INT8, integers)
     table = Path(config.table) if config.table else None
@@ -257,7 +259,38 @@ def at_8_bits(simulator: Simulator, dialect: str, data: Dataset) -> onnx.ModelPr
 
 def calibration_batches(data: Dataset) -> Iterator[torch.Tensor]:
     """Normalised calibration images, without augmentation."""
-    return (x for x, _ in data.batches(data.calibration, 100))
+    return (x for x, _ in data.batches(data.calibration, CALIBRATION_BATCH))
+
+
+def calibration_warnings(data: Dataset) -> list[str]:
+    """What makes activation ranges doubtful: few images, or images of other brightness or contrast than those to come."""
+    warnings = []
+    if len(data.calibration) < CALIBRATION_BATCH:
+        warnings.append(
+            f"there are only {len(data.calibration)} calibration images; give {CALIBRATION_BATCH} or more for safe ranges"
+        )
+    (mean, deviation), (seen_mean, seen_deviation) = (
+        _statistics(data, split) for split in (data.calibration, data.search_val)
+    )
+    moved = float(((mean - seen_mean).abs() / seen_deviation).max())
+    stretched = float((deviation / seen_deviation).log2().abs().max())
+    if moved > 0.5 or stretched > 1:
+        warnings.append(
+            "the calibration images look normalised in another way than those that are evaluated: per channel their mean is "
+            f"{_listed(mean)} against {_listed(seen_mean)}, their deviation {_listed(deviation)} against "
+            f"{_listed(seen_deviation)}; prepare both alike"
+        )
+    return warnings
+
+
+def _statistics(data: Dataset, split: Split) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation per channel of the first thousand images as the network sees them."""
+    x = data.normalise(split.images[:1000])
+    return x.mean((0, 2, 3)), x.std((0, 2, 3)).clamp(min=1e-3)
+
+
+def _listed(values: torch.Tensor) -> str:
+    return "(" + ", ".join(f"{value:.2f}" for value in values.tolist()) + ")"
 
 
 def _stage_one(job: Job, latency: LatencyModel, size: PlannedSize) -> tuple[CompressionPolicy, nn.Module, str]:
@@ -287,7 +320,11 @@ def saved_graph(job: Job, smaller: nn.Module, pruned: CompressionPolicy) -> Grap
 def _stage_two(
     job: Job, graph: Graph, pruned: CompressionPolicy, latency: LatencyModel
 ) -> tuple[CompressionPolicy, str]:
-    calibration = calibrate(graph, calibration_batches(job.data))
+    if job.config.equalise:
+        graph = equalised(graph)
+    for text in calibration_warnings(job.data):
+        job.progress.note(text)
+    calibration = calibrate(graph, calibration_batches(job.data), ranges=job.config.ranges)
     base = len(at_8_bits(Simulator(graph, calibration), job.target.dialect, job.data).SerializeToString())
     quantized, policy, arm = quantize_stage(job, graph, calibration, pruned, latency, base)
     save_quantized(job.run.file("quantized.safetensors"), quantized)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from edgecompress.errors import BadDataError
 from edgecompress.graph import Graph, Node
 from edgecompress.interpret import float_constants, run
+from edgecompress.ranges import RANGES
 from edgecompress.spec import LayerChoice
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -171,17 +172,20 @@ def _of_convolution(graph: Graph, node: Node) -> bool:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scale of every owner at every bit-width, chosen once on calibration images by least squared error."""
+    """Scale of every owner at every bit-width, chosen once on calibration images."""
 
     scales: Mapping[tuple[str, int], float]
 
 
-def calibrate(graph: Graph, batches: Iterable[Tensor], *, seed: int = 0, samples: int = 20_000) -> Calibration:
+def calibrate(
+    graph: Graph, batches: Iterable[Tensor], *, seed: int = 0, samples: int = 20_000, ranges: str = "mse"
+) -> Calibration:
     """Choose activation ranges.
 
     Args:
         batches: normalised images ``[N, C, H, W]``, without augmentation.
-        samples: values kept per tensor and batch for the error search.
+        samples: values kept per tensor and batch for the search.
+        ranges: how a step is chosen, a name of `ranges.RANGES`.
 
     Raises:
         BadDataError: there is no image, or a tensor is not finite.
@@ -211,15 +215,14 @@ def calibrate(graph: Graph, batches: Iterable[Tensor], *, seed: int = 0, samples
     for name, parts in kept.items():
         values = torch.cat(parts)
         for bits in BITS:
-            scales[name, bits] = _best_scale(values, bits, signed=points.signed[name], reach=points.reach.get(name))
+            scales[name, bits] = _best_scale(
+                values, bits, ranges, signed=points.signed[name], reach=points.reach.get(name)
+            )
     return Calibration(scales)
 
 
-def _best_scale(values: Tensor, bits: int, *, signed: bool, reach: float | None = None) -> float:
-    """The step that minimises the mean squared error of clipping plus rounding, among 60 fractions of the full range.
-
-    With ``reach``, only steps that divide it.
-    """
+def _best_scale(values: Tensor, bits: int, ranges: str, *, signed: bool, reach: float | None = None) -> float:
+    """One of 60 fractions of the full range, as ``ranges`` chooses. With ``reach``, only steps that divide it."""
     low, high = TensorRange(1.0, bits, signed).limits
     largest = float(values.abs().max()) if signed else float(values.max())
     if largest <= 0:
@@ -227,11 +230,7 @@ def _best_scale(values: Tensor, bits: int, *, signed: bool, reach: float | None 
     steps = torch.linspace(0.05, 1.0, 60) * largest / high
     if reach is not None:
         steps = torch.tensor([reach / steps_to(reach, float(step)) for step in steps])
-    errors = [
-        (torch.fake_quantize_per_tensor_affine(values, float(step), 0, low, high) - values).pow(2).mean()
-        for step in steps
-    ]
-    return float(np.float32(steps[int(torch.stack(errors).argmin())]))
+    return float(np.float32(RANGES[ranges](values, steps, low, high)))
 
 
 def quantize_weight(weight: Tensor, bits: int) -> QuantizedWeight:
@@ -285,8 +284,12 @@ class Simulator:
         for value, owner in self.points.owner.items():
             readers = [_choice(choices, layer).activation_bits for layer in self.points.layers_of(owner)]
             bits = max((min(bits, 8) for bits in readers), default=8)
-            ranges[value] = TensorRange(self.calibration.scales[owner, bits], bits, self.points.signed[owner])
+            ranges[value] = self.range(owner, bits)
         return ranges
+
+    def range(self, owner: str, bits: int) -> TensorRange:
+        """The calibrated range of a value that owns its grid."""
+        return TensorRange(self.calibration.scales[owner, bits], bits, self.points.signed[owner])
 
     def constants(self, choices: Mapping[str, LayerChoice]) -> dict[str, Tensor]:
         """The graph's constants with fake-quantised weights and int32-rounded biases."""
@@ -433,9 +436,14 @@ def _round_to_grid(value: Tensor, step: Tensor, low: int, high: int) -> Tensor:
 
 def simulate(quantized: QuantizedGraph, x: Tensor) -> Tensor:
     """Float fake quantisation of a finished `QuantizedGraph`, for normalised images ``[N, C, H, W]``."""
-    graph = quantized.graph
-    constants = float_constants(graph)
-    for layer in graph.layers:
+    constants = rounded_constants(quantized)
+    return run(quantized.graph, x, constants, lambda name, value: fake_quantize(value, quantized.tensors.get(name)))
+
+
+def rounded_constants(quantized: QuantizedGraph) -> dict[str, Tensor]:
+    """The graph's constants with quantised weights and int32-rounded biases, as floats."""
+    constants = float_constants(quantized.graph)
+    for layer in quantized.graph.layers:
         weight = quantized.weights.get(layer.name)
         if weight is None:
             continue
@@ -444,7 +452,7 @@ def simulate(quantized: QuantizedGraph, x: Tensor) -> Tensor:
             constants[layer.inputs[2]] = round_bias(
                 constants[layer.inputs[2]], weight, quantized.tensors[layer.inputs[0]]
             )
-    return run(graph, x, constants, lambda name, value: fake_quantize(value, quantized.tensors.get(name)))
+    return constants
 
 
 def round_bias(bias: Tensor, weight: QuantizedWeight, how: TensorRange) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,25 @@ class RunFolder:
         return read_document(self._existing() / "layers.json", Network, "layer list")
 
     def policy(self) -> CompressionPolicy:
-        return read_document(self._existing() / "policy.json", CompressionPolicy, "policy")
+        """What was chosen.
+
+        Raises:
+            BadFileError: it is missing or broken, or names a layer or a channel group that the network does not have.
+        """
+        policy = read_document(self._existing() / "policy.json", CompressionPolicy, "policy")
+        network = self.network()
+        for kind, named, known in (
+            ("layer", policy.layers, [layer.name for layer in network.layers]),
+            ("channel group", policy.keep_channels, [group.id for group in network.groups]),
+        ):
+            for name in named:
+                if name not in known:
+                    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+                    raise BadFileError(
+                        f"The policy {self.path / 'policy.json'} names the {kind} '{name}', which the run's network does not have"
+                        f"{f' (the nearest is {near[0]!r})' if near else ''}. Mend that name, or compress again with --overwrite."
+                    )
+        return policy
 
     def report(self) -> RunReport:
         return read_document(self._existing() / "report.json", RunReport, "run report")

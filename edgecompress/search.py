@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from edgecompress.agents import AGENTS, make_agent
+from edgecompress.baselines import STATIC, Tables, integer_program, uniform
 from edgecompress.envs import Choice, Evaluator, Outcome, PolicyEnv, SearchSpace
 from edgecompress.errors import UnknownNameError
 from edgecompress.files import append_line
@@ -109,7 +110,7 @@ def top(trials: Sequence[Trial], count: int) -> list[Trial]:
     return sorted(trials, key=lambda trial: (-trial.reward, trial.loss, trial.choice))[:count]
 
 
-def search(
+def search(  # noqa: PLR0913 (one call runs a whole stage)
     space: SearchSpace,
     evaluate: Evaluator,
     reward: Reward,
@@ -119,6 +120,7 @@ def search(
     journal: Path | None = None,
     known: Sequence[Trial] = (),
     on_trial: OnTrial | None = None,
+    tables: Callable[[], Tables] | None = None,
 ) -> list[Trial]:
     """Search one stage.
 
@@ -126,6 +128,7 @@ def search(
         original: the uncompressed network's cost; rewards are relative to it.
         journal: a JSON-lines file that every new trial is appended to.
         known: trials of an earlier run of the same search; they are not evaluated again.
+        tables: sensitivities for integer programming, asked for once; by default they are measured with evaluations.
 
     Returns:
         all trials that keep the budgets, in the order they were first asked for.
@@ -137,14 +140,32 @@ def search(
     torch.manual_seed(settings.seed)
     scorer = Scorer(space, evaluate, reward, original, settings, journal, known, on_trial)
     scorer(space.project(np.full(len(space.levels), 0.7)), "uniform")
+    if settings.agent == "uniform":
+        for arm, choice in uniform(space):
+            scorer(choice, arm)
+        return scorer.fitting()
+    if settings.agent == "milp" and tables is not None:
+        scorer(space.largest, "original")
+        _program(space, scorer, tables())
+        return scorer.fitting()
     deltas = _sensitivities(space, scorer, settings)
+    if settings.agent == "milp":
+        _program(space, scorer, {a: dict(zip(levels, loss, strict=True)) for a, (levels, loss, _) in deltas.items()})
+        return scorer.fitting()
     for arm, choice in _solutions(
         space, deltas, lambda accuracy, choice: reward(accuracy, space.price(choice), original)
     ):
-        scorer(choice, arm)
-    if settings.agent != "surrogate":
+        if settings.agent != "greedy" or arm.startswith("greedy"):
+            scorer(choice, arm)
+    if settings.agent not in STATIC:
         _explore(space, scorer, settings)
     return scorer.fitting()
+
+
+def _program(space: SearchSpace, scorer: Scorer, tables: Tables) -> None:
+    choice = integer_program(space, tables)
+    if choice is not None:
+        scorer(choice, "milp")
 
 
 def _separate_actions(space: SearchSpace) -> list[int]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from edgecompress.errors import UnknownNameError, UsageError
 
@@ -125,8 +125,15 @@ class LayerChoice(Frozen):
     """What will be built for one layer: the fraction of single weights kept, bits of its weights and of its input."""
 
     keep_elements: float = Field(default=1.0, gt=0, le=1)
-    weight_bits: int = Field(default=FLOAT_BITS, ge=2, le=FLOAT_BITS)
-    activation_bits: int = Field(default=FLOAT_BITS, ge=2, le=FLOAT_BITS)
+    weight_bits: int = FLOAT_BITS
+    activation_bits: int = FLOAT_BITS
+
+    @field_validator("weight_bits", "activation_bits")
+    @classmethod
+    def _are_known(cls, bits: int) -> int:
+        if not 2 <= bits <= 8 and bits not in (16, FLOAT_BITS):
+            raise ValueError(f"{bits} bits cannot be built; expected 2 to 8, or 16 or {FLOAT_BITS} for float")
+        return bits
 
 
 class CompressionPolicy(Document):
@@ -360,6 +367,9 @@ class Config(Document):
     quantize_reward: str = "accuracy-bytes-latency"
     finetune_epochs: int = Field(default=8, ge=1)
     noise_epochs: int = Field(default=3, ge=0)
+    ranges: str = "mse"
+    equalise: bool = False
+    bias_correction: bool = False
     qat_epochs: int = Field(default=5, ge=0)
     learning_rate: float = Field(default=0.02, gt=0)
     batch_size: int = Field(default=64, ge=2)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from edgecompress.baselines import Tables
 from edgecompress.cost import CostModel, LatencyModel, SizeModel, count
 from edgecompress.data import Dataset, Split
 from edgecompress.envs import Evaluator, Limit, Outcome, SearchSpace, bitwidth_space, channel_space
@@ -18,12 +19,14 @@ from edgecompress.errors import BadModelError, GoalMissedError
 from edgecompress.exporters.sizes import FileSize
 from edgecompress.finetune import TrainSettings, accuracy_and_loss, train
 from edgecompress.graph import Graph
+from edgecompress.posttraining import bias_corrected
 from edgecompress.progress import Progress
 from edgecompress.prune import importance_by_name, prune, reestimate_batchnorm
-from edgecompress.quantize import Calibration, LearnedSteps, QuantizedGraph, Simulator
+from edgecompress.quantize import Calibration, LearnedSteps, QuantizedGraph, Simulator, simulate
 from edgecompress.reward import reward_by_name
 from edgecompress.runs import RunFolder
 from edgecompress.search import SearchSettings, search, top
+from edgecompress.sensitivity import sensitivities
 from edgecompress.spec import Budget, CompressionPolicy, Config, Cost, LayerChoice, Network, Stage, Target, Trial
 from edgecompress.trace import Traced
 from edgecompress.variational import (
@@ -37,6 +40,7 @@ from edgecompress.variational import (
 )
 
 SHORT_EPOCHS = 2
+SENSITIVITY_IMAGES = 200
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,14 @@ def prune_stage(job: Job, cost: CostModel) -> tuple[CompressionPolicy, str]:
     return policy, chosen.arm
 
 
-def _searched(job: Job, space: SearchSpace, evaluate: Evaluator, stage: Stage, reward: str) -> list[Trial]:
+def _searched(
+    job: Job,
+    space: SearchSpace,
+    evaluate: Evaluator,
+    stage: Stage,
+    reward: str,
+    tables: Callable[[], Tables] | None = None,
+) -> list[Trial]:
     settings = SearchSettings(
         stage=stage,
         agent=job.config.agent,
@@ -143,7 +154,7 @@ def _searched(job: Job, space: SearchSpace, evaluate: Evaluator, stage: Stage, r
     trials = search(
         space, evaluate, reward_by_name(reward), job.original_cost, settings,
         journal=job.run.file("trials.jsonl"), known=job.run.trials(),
-        on_trial=lambda trial, leader: job.progress.trial(settings.stage, trial, leader),
+        on_trial=lambda trial, leader: job.progress.trial(settings.stage, trial, leader), tables=tables,
     )  # fmt: skip
     if not trials:
         raise GoalMissedError(
@@ -305,6 +316,7 @@ def quantize_stage(
     """Choose the bits of every layer, train the steps, and return the integers with the policy and its arm."""
     simulator = Simulator(graph, calibration)
     space = bits_of(job, simulator, pruned, latency, base_bytes)
+    _note_floats(job, simulator)
 
     def forward(policy: CompressionPolicy) -> Callable[[Tensor], Tensor]:
         return lambda x: simulator(x, policy.layers)
@@ -312,13 +324,53 @@ def quantize_stage(
     def evaluate(policy: CompressionPolicy) -> Outcome:
         return Outcome(*accuracy_and_loss(forward(policy), job.data, job.data.search_val))
 
-    trials = _searched(job, space, evaluate, "quantize", job.config.quantize_reward)
+    trials = _searched(
+        job, space, evaluate, "quantize", job.config.quantize_reward, lambda: _kl_tables(job, simulator, space)
+    )
     chosen = _remeasured(trials, job, lambda trial: forward(space.to_policy(trial.choice)))[0]
     policy = space.to_policy(chosen.choice)
     quantized = simulator.quantized(policy.layers)
+    if job.config.bias_correction:
+        quantized = _corrected(job, quantized)
     if job.config.qat_epochs:
         quantized = _learned_steps(job, quantized)
     return quantized, policy, chosen.arm
+
+
+def _note_floats(job: Job, simulator: Simulator) -> None:
+    """Name the layers that no integer kernel will run."""
+    left = [layer.name for layer in job.network.layers if layer.name not in simulator.points.layer_input]
+    if left:
+        job.progress.note(f"these layers cannot be quantised and stay float: {', '.join(left)}")
+
+
+def _kl_tables(job: Job, simulator: Simulator, space: SearchSpace) -> Tables:
+    """Sensitivities of every action, kept in the run's folder."""
+    few = (x for x, _ in job.data.batches(job.data.calibration.take(torch.arange(_first(job.data))), 100))
+    found = sensitivities(simulator, few, job.run.file("sensitivities.json"))
+    split = [name.rpartition(":") for name in space.names]
+    return {
+        action: found.table("weight" if what == "weight" else "activation", layer)
+        for action, (layer, _, what) in enumerate(split)
+    }
+
+
+def _first(data: Dataset) -> int:
+    """Calibration images that sensitivities are measured on: more of them change little."""
+    return min(SENSITIVITY_IMAGES, len(data.calibration))
+
+
+def _corrected(job: Job, quantized: QuantizedGraph) -> QuantizedGraph:
+    """Biases moved by what quantisation shifts; kept only where that does not lose on select-val."""
+    moved = bias_corrected(quantized, (x for x, _ in job.data.batches(job.data.calibration, 100)))
+    scores = [
+        accuracy_and_loss(partial(simulate, found), job.data, job.data.select_val) for found in (quantized, moved)
+    ]
+    before, after = scores
+    kept = (after[0], -after[1]) >= (before[0], -before[1])
+    text = " to ".join(job.data.task.about.text(value) for value, _ in scores)
+    job.progress.note(f"bias correction: {text} on select-val; {'kept' if kept else 'the biases stay as they were'}")
+    return moved if kept else quantized
 
 
 def _learned_steps(job: Job, quantized: QuantizedGraph) -> QuantizedGraph:

@@ -1,0 +1,86 @@
+"""What every bit-width of every layer does to the network's answers, alone: a KL divergence, computed once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from edgecompress.files import read_document, write_document
+from edgecompress.interpret import float_constants, run
+from edgecompress.quantize import BITS, Simulator, dequantize, fake_quantize
+from edgecompress.spec import Document
+
+What = Literal["weight", "activation"]
+
+
+class Sensitivities(Document):
+    """``weight[layer][bits]`` and ``activation[layer][bits]``: KL divergence in nats between the answers of the float
+    network and those with only the layer's weights, or only its input, at ``bits``; mean over ``images``."""
+
+    images: int
+    weight: dict[str, dict[int, float]]
+    activation: dict[str, dict[int, float]]
+
+    def table(self, what: What, layer: str) -> dict[int, float]:
+        """Divergence by bits, never falling with fewer of them."""
+        found = (self.weight if what == "weight" else self.activation)[layer]
+        rising, largest = {}, 0.0
+        for bits in sorted(found, reverse=True):
+            largest = rising[bits] = max(found[bits], largest)
+        return rising
+
+
+def sensitivities(simulator: Simulator, batches: Iterable[Tensor], cache: Path | None = None) -> Sensitivities:
+    """Measure every layer at every bit-width, or read what was measured before.
+
+    Args:
+        batches: normalised images ``[N, C, H, W]``.
+        cache: a JSON file that belongs to this network and these images.
+
+    Raises:
+        BadFileError: the cache is broken.
+    """
+    if cache is not None and cache.exists():
+        return read_document(cache, Sensitivities, "sensitivities")
+    found = _measured(simulator, list(batches))
+    if cache is not None:
+        write_document(cache, found)
+    return found
+
+
+def _measured(simulator: Simulator, batches: list[Tensor]) -> Sensitivities:
+    graph, points = simulator.graph, simulator.points
+    constants = float_constants(graph)
+    layers = [layer for layer in graph.layers if layer.name in points.layer_input]
+    weight: dict[str, dict[int, float]] = {layer.name: {} for layer in layers}
+    inputs: dict[str, dict[int, float]] = {}
+    with torch.no_grad():
+        answers = [run(graph, x, constants) for x in batches]
+        for layer in layers:
+            for bits in BITS:
+                rounded = constants | {layer.inputs[1]: dequantize(simulator.weight(layer, bits))}
+                weight[layer.name][bits] = _divergence(answers, [run(graph, x, rounded) for x in batches])
+        for owner in dict.fromkeys(points.layer_input.values()):
+            inputs[owner] = {}
+            for bits in BITS:
+                how = simulator.range(owner, bits)
+                on_value = lambda name, value, owner=owner, how=how: (  # noqa: E731
+                    fake_quantize(value, how) if points.owner.get(name) == owner else value
+                )
+                inputs[owner][bits] = _divergence(answers, [run(graph, x, constants, on_value) for x in batches])
+    activation = {layer.name: inputs[points.layer_input[layer.name]] for layer in layers}
+    return Sensitivities(images=sum(len(x) for x in batches), weight=weight, activation=activation)
+
+
+def _divergence(wanted: list[Tensor], found: list[Tensor]) -> float:
+    """Mean KL divergence in nats of the classes (axis 1) of all images, and of all pixels where there are masks."""
+    total, count = 0.0, 0
+    for p, q in zip(wanted, found, strict=True):
+        log_p, log_q = p.log_softmax(1), q.log_softmax(1)
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+        count += p.numel() // p.shape[1]
+    return max(total / count, 0.0)
