@@ -155,6 +155,7 @@ def test_latency_table_matches_is_of_another_machine_or_is_missing(monkeypatch, 
     x86 = target_by_name("x86")
     monkeypatch.setattr("edgecompress.latency_tables.targets.is_this_machine", lambda target: target is x86)
     monkeypatch.setattr(predict, "tables_folder", lambda: tmp_path)
+    monkeypatch.setattr(predict, "shipped_tables", lambda: tmp_path)
     (finding,) = doctor._tables()
     assert finding.status == "missing" and finding.fix.startswith("edgecompress profile --target x86")
     (tmp_path / "x86--other-cpu--onnxruntime-1.0--t1.csv").touch()

@@ -48,4 +48,5 @@ def test_example_runs(script: str, tmp_path: Path) -> None:
 
 def test_every_example_is_named_by_a_test() -> None:
     tests = "".join(path.read_text(encoding="utf-8") for path in DOCS.parent.joinpath("tests").rglob("test_*.py"))
-    assert [path.name for path in (DOCS / "examples").iterdir() if path.is_file() and path.name not in tests] == []
+    names = {path.name: path.stem for path in (DOCS / "examples").iterdir() if path.is_file()}
+    assert [name for name, stem in names.items() if name not in tests and f'"{stem}"' not in tests] == []

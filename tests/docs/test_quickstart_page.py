@@ -42,7 +42,7 @@ def test_commands_and_the_python_of_the_page_work(
     assert all(goal.holds for goal in report.goals) and report.config.episodes == SMALL["episodes"]
     for side in (report.original, report.compressed):
         assert percent(side.accuracy) in said["report runs/first"]
-        assert f"{side.accuracy:.2%}" in said[f"eval runs/first/exports/{side.file}"]
+        assert percent(side.accuracy) in said[f"eval runs/first/exports/{side.file}"]
     assert Path("runs/first/exports/tensorrt/build_on_device.py").exists() and Path("runs/first/report.html").exists()
 
     (code,) = blocks(PAGE, "python")
