@@ -18,11 +18,11 @@ from edgecompress.graph import Graph
 from edgecompress.latency_tables.agent import machine_facts, now
 from edgecompress.latency_tables.correct import network_id
 from edgecompress.latency_tables.interpolate import family_of
-from edgecompress.latency_tables.measure import provenance, this_setting
+from edgecompress.latency_tables.measure import Progress, provenance, this_setting
 from edgecompress.latency_tables.onelayer import resized
 from edgecompress.latency_tables.points import LEVELS, kernel_points, random_points
 from edgecompress.latency_tables.predict import table_model, table_path
-from edgecompress.latency_tables.series import Done, Progress, measure_divisor, measure_points
+from edgecompress.latency_tables.series import Done, measure_divisor, measure_points
 from edgecompress.latency_tables.table import KernelKey, Profile, Session, Table, open_table, read_table, sidecar
 from edgecompress.latency_tables.targets import is_this_machine
 from edgecompress.latency_tables.whole import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from edgecompress.latency_tables import agent
 from edgecompress.latency_tables.interpolate import family_of
-from edgecompress.latency_tables.measure import measure_kernel
+from edgecompress.latency_tables.measure import Progress, measure_kernel
 from edgecompress.latency_tables.table import KernelKey, Row, Table, append_row, read_table
 
 ANCHOR = KernelKey("conv", 64, 64, 3, 3, 1, 1, 1, 14, 14, 14, 14, "fp32", "fp32")
@@ -19,8 +19,6 @@ ANCHOR_S = 0.1
 SUSPECT = 0.1  # above its family, at which a point is measured again
 SWEEP = range(48, 97)  # widths at which the divisor is looked for
 GAIN = 1.05  # in time per channel pair, that a divisor must be worth
-
-Progress = Callable[[int, int, float], None]
 
 
 @dataclass(frozen=True)
