@@ -57,11 +57,13 @@ class QuantizedGraph:
 
     ``tensors`` are keyed by value name, ``weights`` by layer name. Layers without an entry stay float. Biases stay
     float in ``graph.constants``; a writer rounds them to int32 at ``scale_x * scale_w`` where its dialect wants that.
+    Layers in ``half`` have a choice of 16 bits: a target with FP16 kernels computes them so.
     """
 
     graph: Graph
     tensors: Mapping[str, TensorRange]
     weights: Mapping[str, QuantizedWeight]
+    half: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -276,7 +278,12 @@ class Simulator:
             for layer in self.graph.layers
             if _choice(choices, layer.name).weight_bits in BITS
         }
-        return QuantizedGraph(self.graph, self.ranges(choices), weights)
+        half = frozenset(
+            layer.name
+            for layer in self.graph.layers
+            if max(_choice(choices, layer.name).weight_bits, _choice(choices, layer.name).activation_bits) == 16
+        )
+        return QuantizedGraph(self.graph, self.ranges(choices), weights, half)
 
     def ranges(self, choices: Mapping[str, LayerChoice]) -> dict[str, TensorRange]:
         """The range of every quantised value; a value that several layers read gets the largest of their bits."""
@@ -423,7 +430,7 @@ class LearnedSteps(nn.Module):
                 value: replace(self._start.tensors[value], scale=float(np.float32(self._step(f"a:{owner}").item())))
                 for value, owner in self._points.owner.items()
             }
-        return QuantizedGraph(replace(graph, constants=constants), tensors, weights)
+        return QuantizedGraph(replace(graph, constants=constants), tensors, weights, self._start.half)
 
 
 def _round_to_grid(value: Tensor, step: Tensor, low: int, high: int) -> Tensor:

@@ -11,7 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgecompress.errors import BadFileError, GoalMissedError, MissingBackendError, UnknownNameError
+from edgecompress.quantize import QuantizedGraph
 
 BUILT = "built"
 
@@ -80,6 +83,20 @@ def _collector(trt: Any) -> Any:
 def _sentence(messages: list[str]) -> str:
     """The first message that says something, on one line."""
     return " ".join((messages or ["refused without a message"])[0].split())
+
+
+def two_four_layers(quantized: QuantizedGraph) -> dict[str, bool]:
+    """Layers with integer weights, and whether those are 2:4 sparse, which ``build_on_device.py --sparse`` makes use of.
+
+    Of four neighbouring input channels two or more are zero, for every output channel and kernel position (TensorRT developer
+    guide, "Structured sparsity"). A last group of fewer than four counts as filled up with zeros.
+    """
+    result = {}
+    for name, weight in quantized.weights.items():
+        rows = weight.values.reshape(*weight.values.shape[:2], -1)  # out, in / groups, kernel
+        filled = np.pad(rows != 0, ((0, 0), (0, -rows.shape[1] % 4), (0, 0)))
+        result[name] = bool((filled.reshape(len(rows), -1, 4, rows.shape[2]).sum(2) <= 2).all())
+    return result
 
 
 def build_engine_here(model_path: Path, out: Path, *, fp16: bool = False, seconds: float = 3.0) -> dict[str, Any]:

@@ -143,10 +143,11 @@ def _check_openvino(source: ExportSource, data: bytes) -> verify.Checks:
 def _write_trt(source: ExportSource) -> onnx.ModelProto:
     from edgecompress.exporters import to_tensorrt
 
-    limit = source.target.max_opset if source.target.exporter == "tensorrt" else BASE_OPSET
-    opset, batch = source.interface.opset(min(BASE_OPSET, limit)), source.interface.batch_or(1)
+    limit = source.target.max_opset if source.target.exporter == "tensorrt" else FOUR_BITS_OPSET
+    limit, batch = source.interface.opset(limit), source.interface.batch_or(1)
     if source.quantized is None:
-        return float_model(source.graph, opset=opset, batch=batch, metadata=source.metadata)
+        return float_model(source.graph, opset=min(limit, BASE_OPSET), batch=batch, metadata=source.metadata)
+    opset = to_tensorrt.opset_for(source.quantized, limit)
     return to_tensorrt.integer_model(source.quantized, opset=opset, batch=batch, metadata=source.metadata)
 
 
@@ -260,8 +261,9 @@ def _score(task: Task, outputs: NDArray[np.float32], labels: NDArray[Any]) -> di
 def _oldest(exporter: Exporter, source: ExportSource, model: onnx.ModelProto) -> str:
     """The oldest runtime that is known to load the file: tried for ONNX Runtime, the target's own for TensorRT."""
     if exporter.dialect == "trt":
-        known = source.target.exporter == "tensorrt"
-        return f"TensorRT {source.target.runtime_version if known else '8.5'}"
+        if source.target.exporter == "tensorrt":
+            return f"TensorRT {source.target.runtime_version}"
+        return f"TensorRT {'10.0' if model.opset_import[0].version >= FOUR_BITS_OPSET else '8.5'}"
     return f"ONNX Runtime {oldest_onnxruntime(model)}"
 
 

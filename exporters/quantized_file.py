@@ -34,6 +34,7 @@ def save_quantized(path: Path, quantized: QuantizedGraph) -> None:
         "schema_version": str(SCHEMA_VERSION),
         "weight_bits": json.dumps({name: weight.bits for name, weight in quantized.weights.items()}),
         "tensors": json.dumps({name: [how.scale, how.bits, how.signed] for name, how in quantized.tensors.items()}),
+        "half": json.dumps(sorted(quantized.half)),
     }
     with written_whole(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
@@ -78,4 +79,5 @@ def _assembled(graph: Graph, tensors: Mapping[str, np.ndarray], metadata: Mappin
         weights={
             name: QuantizedWeight(tensors[f"values:{name}"], tensors[f"scale:{name}"], bits[name]) for name in bits
         },
+        half=frozenset(json.loads(metadata.get("half", "[]"))),
     )

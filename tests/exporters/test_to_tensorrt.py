@@ -15,13 +15,13 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from edgecompress.errors import UnknownNameError, UsageError
-from edgecompress.exporters.check_tensorrt import check_builds
+from edgecompress.exporters.check_tensorrt import check_builds, two_four_layers
 from edgecompress.exporters.runners import OnnxRuntimeRunner
-from edgecompress.exporters.simulate_tensorrt import simulate
-from edgecompress.exporters.to_tensorrt import integer_model, lint, symmetric_scale
+from edgecompress.exporters.simulate_tensorrt import node_errors, simulate
+from edgecompress.exporters.to_tensorrt import integer_model, lint, opset_for, symmetric_scale
 from edgecompress.graph import Graph, build_graph
 from edgecompress.models import CifarVgg, build_model
-from edgecompress.quantize import QuantizedGraph, Simulator, TensorRange, calibrate
+from edgecompress.quantize import QuantizedGraph, QuantizedWeight, Simulator, TensorRange, calibrate
 from edgecompress.spec import LayerChoice
 
 IMAGES = 40
@@ -245,6 +245,116 @@ def test_concat_inputs_share_one_scale() -> None:
     assert lint(model) == []
     expected = simulate(quantized, branches.images).detach().numpy()
     assert relative(run_as_written(quantized, branches.images), expected) < 0.02
+    assert max(node_errors(model, quantized, branches.images.numpy()).values()) < 0.05
+
+
+# --- the proof --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_every_node_of_a_right_file_is_right(case: Case, bits: int) -> None:
+    quantized = case.quantized(bits, bits)
+    errors = node_errors(integer_model(quantized), quantized, case.images.numpy())
+    assert len(errors) == len(case.graph.nodes)
+    assert max(errors.values()) < 0.05  # of what is allowed; found: 0.002
+
+
+def _scale_of_a_read(model: onnx.ModelProto) -> None:
+    name = _first(model, "QuantizeLinear").input[1]
+    _replace(model, name, numpy_helper.to_array(_constant(model, name)) * np.float32(1.01))
+
+
+def _scale_of_a_channel(model: onnx.ModelProto) -> None:
+    name = _first(model, "DequantizeLinear", weight=True).input[1]
+    scales = numpy_helper.to_array(_constant(model, name)).copy()
+    scales[scales.argmax()] *= 1.01
+    _replace(model, name, scales)
+
+
+def _one_weight(model: onnx.ModelProto) -> None:
+    name = _first(model, "DequantizeLinear", weight=True).input[0]
+    values = numpy_helper.to_array(_constant(model, name)).copy()
+    values[0].flat[0] = -100 if values[0].flat[0] > 0 else 100
+    _replace(model, name, values)
+
+
+def _no_activation(model: onnx.ModelProto) -> None:
+    found = _first(model, "Relu")
+    found.op_type = "Identity"
+
+
+def _no_bias(model: onnx.ModelProto) -> None:
+    del next(n for n in model.graph.node if n.op_type == "Conv").input[2:]
+
+
+@pytest.mark.parametrize("break_it", [_scale_of_a_read, _scale_of_a_channel, _one_weight, _no_activation, _no_bias])
+def test_a_small_fault_in_one_layer_is_found(resnet8: Case, break_it: object) -> None:
+    """A scale that is off by 1 % changes the outputs less than right roundings do in an untrained network."""
+    quantized = resnet8.quantized()
+    model = integer_model(quantized)
+    assert callable(break_it)
+    break_it(model)
+    errors = node_errors(model, quantized, resnet8.images.numpy())
+    assert 1 <= sum(not error < 1 for error in errors.values()) <= 2, errors
+
+
+def test_two_four_sparsity(resnet8: Case) -> None:
+    quantized = resnet8.quantized()
+    values = quantized.weights["layer1.0.conv1"].values.copy()
+    values[:, 1::4] = values[:, 2::4] = 0
+    first = quantized.weights["conv1"].values.copy()  # three input channels
+    first[:, 0] = 0
+    weights = dict(quantized.weights)
+    for name, integers in (("layer1.0.conv1", values), ("conv1", first)):
+        weights[name] = QuantizedWeight(integers, weights[name].scale, 8)
+    found = two_four_layers(QuantizedGraph(quantized.graph, quantized.tensors, weights))
+    assert {name for name, holds in found.items() if holds} == {"layer1.0.conv1", "conv1"}
+
+
+# --- FP16 and INT4 ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def half(resnet8: Case) -> QuantizedGraph:
+    """Two layers in FP16, and a last one of 4-bit weights with FP16 inputs."""
+    choices = resnet8.choices()
+    for name in ("conv1", "layer2.0.conv2"):
+        choices[name] = LayerChoice(weight_bits=16, activation_bits=16)
+    choices["fc"] = LayerChoice(weight_bits=4, activation_bits=16)
+    return resnet8.simulator.quantized(choices)
+
+
+@pytest.mark.parametrize("opset", [17, 21])
+def test_layers_of_16_bits_are_cast(resnet8: Case, half: QuantizedGraph, opset: int) -> None:
+    model = integer_model(half, opset=opset)
+    onnx.checker.check_model(model, full_check=True)
+    assert lint(model) == []
+    constants = {c.name: c for c in model.graph.initializer}
+    producer = {n.output[0]: n for n in model.graph.node}
+    layers = {n.name: n for n in model.graph.node if n.op_type in ("Conv", "Gemm")}
+    for name in ("conv1", "layer2.0.conv2"):
+        assert {constants[value].data_type for value in layers[name].input[1:]} == {TensorProto.FLOAT16}
+        assert producer[layers[name].input[0]].op_type == "Cast"
+    assert producer[layers["layer1.0.conv1"].input[0]].op_type == "DequantizeLinear"
+    assert producer["output"].op_type == "Cast"  # logits stay FP32
+    weight = layers["fc"].input[1]
+    stored = constants[weight if opset == 17 else producer[weight].input[0]]
+    assert stored.data_type == (TensorProto.FLOAT16 if opset == 17 else TensorProto.INT4)
+    assert max(node_errors(model, half, resnet8.images.numpy()).values()) < 1
+    expected = simulate(half, resnet8.images).numpy()
+    outputs = OnnxRuntimeRunner(integer_model(half, opset=opset, batch=None).SerializeToString(), optimise=False)
+    assert relative(outputs.run(resnet8.images.numpy()), expected) < 0.02
+
+
+def test_int4_asks_for_opset_21(resnet8: Case, half: QuantizedGraph) -> None:
+    assert (opset_for(half, 25), opset_for(half, 20), opset_for(resnet8.quantized(), 25)) == (21, 20, 17)
+
+
+def test_tensorrt_rtx_builds_fp16_and_int4(half: QuantizedGraph) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    for opset in (17, 21):
+        result = check_builds(integer_model(half, opset=opset).SerializeToString())
+        assert (result["SM86"], result["SM89"]) == ("built", "built")
 
 
 # --- the linter -------------------------------------------------------------------------------------------------------
