@@ -18,7 +18,7 @@ BASE_OPSET = 17
 FOUR_BITS_OPSET = 21
 # Oldest ONNX Runtime that loads and runs a file of this opset, tried with the wheels from 1.16.3 on (older: not tried).
 _OLDEST_ONNXRUNTIME = {15: "1.16", 20: "1.17", 21: "1.18", 22: "1.21", 23: "1.23", 24: "1.24"}
-_FOUR_BIT_CAST = "1.23"  # older ones have no kernel for the Cast of 4-bit weights
+_PACKED = "1.23"  # older ones have no kernel for the Cast of 4-bit weights, or for the sum of looked-up ones
 
 
 def oldest_onnxruntime(model: onnx.ModelProto) -> str:
@@ -26,7 +26,8 @@ def oldest_onnxruntime(model: onnx.ModelProto) -> str:
     opset = model.opset_import[0].version
     oldest = next(version for start, version in reversed(_OLDEST_ONNXRUNTIME.items()) if opset >= start)
     packed = any(found.data_type in (TensorProto.INT4, TensorProto.UINT4) for found in model.graph.initializer)
-    return max(oldest, _FOUR_BIT_CAST) if packed else oldest
+    looked_up = any(found.op_type == "Gather" for found in model.graph.node)
+    return max(oldest, _PACKED) if packed or looked_up else oldest
 
 
 class Names:

@@ -1,13 +1,15 @@
 """How integer weights lie in a file: at their bits. Every storage unpacks to int8 by nodes that fold when a runtime loads.
 
 ONNX Runtime constant-folds all of them, so run time, memory and numerics stay those of int8 (measured: the reference
-in docs/file-formats.md). The writer takes whichever storage is smallest for the layer at hand, nodes included.
+in docs/file-formats.md). The writer takes whichever storage is smallest for the layer at hand, nodes included, as long as
+it still loads quickly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ml_dtypes
@@ -19,6 +21,9 @@ from onnx import TensorProto
 from edgecompress.exporters.onnx_writing import Names, node, tensor
 
 Int8 = NDArray[np.int8]
+LARGE = 1 << 24  # weights of a layer above which loading must be short of steps
+_SMALL = 1 << 15  # weights up to which the smallest storage wins however many steps it takes
+_BYTE_INDEX = 1 << 18  # weights from which a table of 256 rows is small beside them
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,26 @@ def store(values: Int8, bits: int, names: Names, *, max_opset: int, unpack: bool
         kinds.append(_as_int4)
     if bits <= 2 and max_opset >= 25:
         kinds.append(_as_int2)
-    if unpack and max_opset >= 18:
-        if bits < 8:
-            kinds.append(_as_planes)
-        if (values == 0).mean() > 0.2 and max_opset >= 21:
-            kinds.append(_as_sparse)
+    if unpack:
+        kinds += _unpacked(values, bits, max_opset)
     sizes = [kind(values, bits, Names()).size_bytes for kind in kinds]
     return kinds[int(np.argmin(sizes))](values, bits, names)
+
+
+def _unpacked(values: Int8, bits: int, max_opset: int) -> list[Callable[[Int8, int, Names], Stored]]:
+    """Storages that a runtime unpacks by arithmetic when it loads the file, as far as that stays quick.
+
+    Every step takes time and memory that grow with the layer (about 0.1 s for 33 million weights, measured), so that
+    the largest layers take the storages with few steps.
+    """
+    kinds: list[Callable[[Int8, int, Names], Stored]] = []
+    if max_opset >= 21 and bits in _PARTS and not (bits == 7 and values.size > LARGE):
+        kinds.append(partial(_as_parts, container=2 if max_opset >= 25 else 0) if bits == 3 else _as_parts)
+    if max_opset >= 18 and bits < 8 and values.size <= (LARGE if max_opset < 21 else _SMALL):
+        kinds.append(_as_planes)
+    if max_opset >= 21 and (values == 0).mean() > 0.2 and values.size <= LARGE:
+        kinds.append(_as_sparse)
+    return kinds
 
 
 def _as_int8(values: Int8, bits: int, names: Names) -> Stored:
@@ -82,6 +100,77 @@ def _as_int4(values: Int8, bits: int, names: Names) -> Stored:
 
 def _as_int2(values: Int8, bits: int, names: Names) -> Stored:
     return _cast(values, "int2", ml_dtypes.int2, 25, names)
+
+
+# Bits of the container that a Cast unpacks (the low ones), and bits of each look-up for the others.
+_PARTS = {2: (0, 2), 3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 1)}
+
+
+def _as_parts(values: Int8, bits: int, names: Names, *, container: int | None = None) -> Stored:
+    """Two's complement at ``bits``: the low bits as UINT4 or UINT2, the high ones looked up several weights at a time.
+
+    ``value = low + sum(table_k[index_k])``: an index holds the same bit (or two) of 4 or 8 neighbours, its row of the
+    table what that bit is worth in each of them. Small layers have the small table.
+    """
+    usual, width = _PARTS[bits]
+    container = usual if container is None else container
+    index_bits = 4 if values.size < _BYTE_INDEX else 8
+    group = index_bits // width
+    codes = np.pad(values.ravel(), (0, -values.size % max(group, 8))).astype(np.int16)
+    nodes: list[onnx.NodeProto] = []
+    initializers: list[TensorProto] = []
+    found = []
+    if container:
+        low, output = names.new(), names.new()
+        held = (codes & (2**container - 1)).reshape(-1, group)
+        initializers.append(tensor(low, held.astype(ml_dtypes.uint4 if container == 4 else ml_dtypes.uint2)))
+        nodes.append(node("Cast", [low], [output], to=TensorProto.INT8))
+        found.append(output)
+    for start in range(container, bits, width):
+        part, table, data, index, output = _part(codes, start, width, group), *(names.new() for _ in range(4))
+        worth = _worth(start, width, group, signed=start + width == bits)
+        initializers += [
+            tensor(data, part.astype(ml_dtypes.uint4 if index_bits == 4 else np.uint8)),
+            tensor(table, worth),
+        ]
+        nodes += [
+            node("Cast", [data], [index], to=TensorProto.INT32),
+            node("Gather", [table, index], [output], axis=0),
+        ]
+        found.append(output)
+    total = found[0]
+    for other in found[1:]:
+        total, before = names.new(), total
+        nodes.append(node("Add", [before, other], [total]))
+    if codes.size != values.size:
+        line, start_at, end, flat, cut = (names.new() for _ in range(5))
+        initializers += [
+            tensor(line, np.array([-1], np.int64)),
+            tensor(start_at, np.array([0], np.int64)),
+            tensor(end, np.array([values.size], np.int64)),
+        ]
+        nodes += [node("Reshape", [total, line], [flat]), node("Slice", [flat, start_at, end], [cut])]
+        total = cut
+    shape, shaped = names.new(), names.new()
+    initializers.append(tensor(shape, np.array(values.shape, np.int64)))
+    nodes.append(node("Reshape", [total, shape], [shaped]))
+    return Stored(f"dense{bits}", shaped, tuple(nodes), tuple(initializers), 25 if container == 2 else 21)
+
+
+def _part(codes: NDArray[np.int16], start: int, width: int, group: int) -> NDArray[np.uint8]:
+    """Bits ``start`` to ``start + width`` of ``group`` neighbours side by side, the first one lowest."""
+    fields = (codes >> start & (2**width - 1)).reshape(-1, group)
+    packed: NDArray[np.uint8] = (fields << (width * np.arange(group, dtype=np.int16))).sum(1).astype(np.uint8)
+    return packed
+
+
+def _worth(start: int, width: int, group: int, *, signed: bool) -> Int8:
+    """What each index of `_part` adds to its ``group`` weights."""
+    fields = np.arange(2 ** (width * group))[:, None] >> width * np.arange(group) & (2**width - 1)
+    if signed:
+        fields = np.where(fields >= 2 ** (width - 1), fields - 2**width, fields)
+    worth: Int8 = (fields << start).astype(np.int8)
+    return worth
 
 
 def _bit_columns(flags: NDArray[np.uint8], names: Names) -> tuple[list[onnx.NodeProto], list[TensorProto], str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import onnx
 import pytest
@@ -55,6 +57,8 @@ STORAGES = {
     "int4": (packing._as_int4, range(2, 5)),
     "int2": (packing._as_int2, (2,)),
     "planes": (packing._as_planes, range(2, 8)),
+    "parts": (packing._as_parts, (2, 3, 5, 6, 7)),
+    "parts of no container": (partial(packing._as_parts, container=0), (2, 3)),
     "sparse": (packing._as_sparse, range(2, 9)),
 }
 
@@ -93,7 +97,7 @@ def test_large_tensor_takes_its_bits_and_a_sparse_one_less():
     size = 64 * 64 * 9
     for bits in range(2, 8):
         dense = store(integers((64, 64, 3, 3), bits, 0.0), bits, Names(), max_opset=25).size_bytes
-        assert size * bits / 8 <= dense < size * bits / 8 + 500
+        assert size * bits / 8 <= dense < size * bits / 8 + 620
     mostly_zero = store(integers((64, 64, 3, 3), 8, 0.9), 8, Names(), max_opset=25)
     assert mostly_zero.kind == "sparse" and mostly_zero.size_bytes < size * (1 / 8 + 0.1) * 1.1 + 500
 
@@ -108,6 +112,31 @@ def test_opset_limit_is_obeyed_and_named_truly(max_opset):
             for node in stored.nodes:
                 assert onnx.defs.get_schema(node.op_type, max(stored.opset, 17)).since_version <= max(stored.opset, 17)
             assert np.array_equal(unpacked(stored, values.ndim), values)
+
+
+@pytest.mark.parametrize("bits", (2, 3, 5, 6, 7))
+def test_index_of_a_byte_is_exact_too(bits, monkeypatch):
+    monkeypatch.setattr(packing, "_BYTE_INDEX", 100)
+    for shape in ((8, 4, 3, 3), (7, 17)):
+        values = integers(shape, bits, 0.2)
+        stored = packing._as_parts(values, bits, Names())
+        assert TensorProto.UINT8 in {tensor.data_type for tensor in stored.initializers}
+        assert np.array_equal(unpacked(stored, values.ndim), values)
+
+
+def test_largest_layers_take_the_storages_that_load_in_few_steps(monkeypatch):
+    """Each step that is folded costs time and memory in proportion to the layer."""
+    monkeypatch.setattr(packing, "LARGE", 16_000)
+    monkeypatch.setattr(packing, "_SMALL", 1000)
+    for zeros in (0.0, 0.95):
+        large, small = integers((128, 128), 7, zeros), integers((120, 120), 7, zeros)
+        assert store(large, 7, Names(), max_opset=25).kind == "int8"
+        assert store(small, 7, Names(), max_opset=25).kind == ("sparse" if zeros else "dense7")
+    for bits in (2, 3, 5, 6):
+        values = integers((128, 128), bits, 0.0)
+        stored = store(values, bits, Names(), max_opset=25)
+        assert len(stored.nodes) <= 5 and stored.size_bytes < values.size * bits / 8 + 500
+        assert store(values, bits, Names(), max_opset=18).kind == "int8"
 
 
 def test_without_unpacking_only_casts_are_chosen():
