@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("--image-size", type=click.IntRange(min=8), help="Bring images to this size, not to the file's own.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads while timing.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images per call while timing.")
-@click.option("--runtime", default="", help="onnxruntime or openvino. Default: what the file's suffix says.")
+@click.option("--runtime", default="", help="onnxruntime, openvino or tensorrt. Default: what the file's suffix says.")
 @click.option("--against", type=click.Path(path_type=Path), help="Another file or run folder to compare with.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print as CSV, one line per file.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
@@ -46,7 +46,7 @@ def command(
     as_csv: bool,
     as_json: bool,
 ) -> None:
-    """Measure ARTIFACT, an .onnx, .ort or .xml file or a run folder, on the data's test split.
+    """Measure ARTIFACT, an .onnx, .ort, .xml or .engine file or a run folder, on the data's test split.
 
     \b
     Example:

@@ -95,7 +95,7 @@ def command(
     if engine:
         from edgecompress.exporters.check_tensorrt import build_engine_here
 
-        build_engine_here(path, path.with_name("model.engine"))
+        build_engine_here(path, path.parent)
     if as_json:
         click.echo(json.dumps(artifact.model_dump(mode="json"), indent=1))
         return

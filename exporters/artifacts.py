@@ -56,7 +56,7 @@ def open_artifact(path: Path, *, threads: int = 1, runtime: str = "") -> Opened:
     if SUFFIXES[path.suffix] != name:
         raise BadFileError(f"{name} does not read {path.suffix} files; leave --runtime out.")
     runner = RUNTIMES[name](path, threads, True)
-    said = runner.metadata if isinstance(runner, OnnxRuntimeRunner) else {}
+    said = getattr(runner, "metadata", {})
     return Opened(runner, _takes_pixels(said), _prepared(said))
 
 
@@ -68,8 +68,20 @@ def _openvino(path: Path, threads: int, optimise: bool) -> Runner:
     return OpenVinoRunner(path, threads=threads)
 
 
-RUNTIMES: dict[str, Callable[[Path, int, bool], Runner]] = {"onnxruntime": _onnx_runtime, "openvino": _openvino}
-SUFFIXES = {".onnx": "onnxruntime", ".ort": "onnxruntime", ".xml": "openvino"}
+def _tensorrt(path: Path, threads: int, optimise: bool) -> Runner:
+    from edgecompress.exporters.run_tensorrt import TensorRtRunner
+
+    if path.suffix != ".engine":
+        raise BadFileError(f"TensorRT runs engines, {path.name} is none. Build one with build_on_device.py beside it.")
+    return TensorRtRunner(path)
+
+
+RUNTIMES: dict[str, Callable[[Path, int, bool], Runner]] = {
+    "onnxruntime": _onnx_runtime,
+    "openvino": _openvino,
+    "tensorrt": _tensorrt,
+}
+SUFFIXES = {".onnx": "onnxruntime", ".ort": "onnxruntime", ".xml": "openvino", ".engine": "tensorrt"}
 
 
 def _takes_pixels(said: Mapping[str, str]) -> bool:

@@ -121,6 +121,8 @@ def build_engine_here(model_path: Path, out: Path, *, fp16: bool = False, second
     reference = model_path.parent / "reference.npz"
     options += [] if reference.exists() else ["--no-check"]
     try:
+        if build_on_device.load_tensorrt()[1]:
+            raise build_on_device.Problem("TensorRT-RTX only checks, its engines are no artifacts", 4)
         return build_on_device.build(build_on_device.parse_arguments(options), say=lambda text: None)
     except build_on_device.Problem as problem:
         if problem.code == MissingBackendError.exit_code:

@@ -2,26 +2,33 @@
 
     python3 classify_tensorrt.py photo.jpg [more.jpg ...]
 
-Put this file into the folder with model.engine, build_on_device.py and preprocess.json.
+Put this file into the folder with model.engine, engine.json and build_on_device.py.
 """
 
 import json
 import sys
 
 import numpy as np
-from build_on_device import Cuda, Session
+from build_on_device import Cuda, Session, load_engine
 from PIL import Image, ImageOps
 
 
 def load(path="model.engine"):
-    """The engine on the GPU, ready for single images."""
+    """The engine on the GPU, the preprocessing that the network was trained with, and its classes."""
     import tensorrt as trt
 
+    with open("engine.json") as file:
+        record = json.load(file)
     with open(path, "rb") as file:
-        engine = trt.Runtime(trt.Logger(trt.Logger.WARNING)).deserialize_cuda_engine(file.read())
+        engine = load_engine(trt, file.read(), record["dla_core"])
     if engine is None:
-        sys.exit(path + " does not load: build it again on this device with build_on_device.py.")
-    return Session(trt, engine, Cuda(), 1)
+        sys.exit(
+            f"{path} was built by TensorRT {record['tensorrt']} on {record['gpu']} and does not load in {trt.__version__}: "
+            "build it again on this device with build_on_device.py."
+        )
+    said = record["metadata"]
+    session = Session(trt, engine, Cuda(), record["batch"])
+    return session, json.loads(said["edgecompress.preprocess"]), said["edgecompress.labels"].split(",")
 
 
 def prepare(image, how):
@@ -42,12 +49,10 @@ def prepare(image, how):
 
 
 def main():
-    with open("preprocess.json") as file:
-        how = json.load(file)
-    session = load()
+    session, how, labels = load()
     for path in sys.argv[1:]:
         logits = session.run(prepare(Image.open(path), how))[0]
-        print(f"{path}: class {logits.argmax()}")
+        print(f"{path}: {labels[logits.argmax()]}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,14 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import onnx
 import pytest
+from fake_tensorrt import FakeCudaLibrary, fake_tensorrt
 from PIL import Image
-from site_pages import DOCS, blocks, shell
+from site_pages import DOCS
 
 from edgecompress.data import Dataset
+from edgecompress.exporters import build_on_device
 from edgecompress.exporters.runners import OnnxRuntimeRunner
 
 PAGE = "guides/deploy.md"
@@ -106,17 +110,32 @@ def test_tensorrt_snippet_compiles_and_uses_what_the_script_has(tiny_run: Path) 
     offered = {node.name for node in script.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     used = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
     names = {alias.name for node in used if node.module == "build_on_device" for alias in node.names}
-    assert names == {"Cuda", "Session"} and names <= offered
+    assert names == {"Cuda", "Session", "load_engine"} and names <= offered
 
 
-def test_commands_of_the_page_put_the_preprocessing_beside_the_engine(tiny_run: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "runs" / "first" / "exports"
-    (folder / "tensorrt").mkdir(parents=True)
-    shutil.copyfile(tiny_run / "exports" / "export.json", folder / "export.json")
-    (script,) = (block for block in blocks(PAGE, "sh") if "preprocess.json" in block)
-    shell(script, tmp_path)
-    record = json.loads((folder / "export.json").read_text())["tensorrt"]["preprocessing"]
-    assert json.loads((folder / "tensorrt" / "preprocess.json").read_text()) == record
+def test_tensorrt_snippet_reads_what_the_script_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a fake TensorRT, whose class is the mean of the image."""
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], []))
+    how = {"size": [2, 2], "mean": [0.0], "std": [0.3], "channels": "L"}
+    for key, value in {"preprocess": json.dumps(how), "labels": "black,dark,grey,white"}.items():
+        model.metadata_props.append(onnx.StringStringEntryProto(key=f"edgecompress.{key}", value=value))
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    monkeypatch.setattr(build_on_device, "_load_cuda", FakeCudaLibrary)
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt("10.3.0"))
+    monkeypatch.setitem(sys.modules, "build_on_device", build_on_device)
+    assert build_on_device.main(["--onnx", str(tmp_path / "model.onnx"), "--no-check", "--seconds", "0"]) == 0
+    for name, value in (("night.png", 0), ("snow.png", 255)):
+        Image.new("L", (4, 4), value).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["classify_tensorrt.py", "night.png", "snow.png"])
+    capsys.readouterr()
+    runpy.run_path(str(EXAMPLES / "classify_tensorrt.py"), run_name="__main__")
+    assert capsys.readouterr().out == "night.png: black\nsnow.png: white\n"
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt("10.13.0", plan=b"other"))
+    with pytest.raises(SystemExit, match=r"built by TensorRT 10\.3\.0 on Fake Orin"):
+        runpy.run_path(str(EXAMPLES / "classify_tensorrt.py"), run_name="__main__")
 
 
 def _headers() -> Path | None:

@@ -164,7 +164,7 @@ def test_link_out_of_the_folder_is_not_followed(tmp_path):
         ("x.onnx", b"", "refuses"),
         ("x.ort", b"ORTM" + b"0" * 60, "refuses"),
         ("x.pth", b"\x80\x02", "none of the files that can be measured here"),
-        ("x.engine", b"ptrt", "none of the files"),
+        ("x.engine", b"ptrt", r"no engine\.json beside it"),
     ],
 )
 def test_damaged_and_foreign_files_are_refused(tmp_path, name, content, words):

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
-from fake_tensorrt import FakeCudaLibrary, fake_tensorrt
+from fake_tensorrt import FakeCudaLibrary, fake_engine, fake_tensorrt
 
 from edgecompress.errors import BadFileError, GoalMissedError, MissingBackendError
 from edgecompress.exporters import build_on_device
@@ -41,12 +42,21 @@ def test_script_is_old_python_and_helps_without_tensorrt(tmp_path: Path) -> None
         ("10.3.0", (8, 7), True, ["--fp16"], (False, ["INT8", "FP16"])),
         ("10.3.0", (8, 7), True, ["--strongly-typed"], (True, [])),
         ("11.4.1", (8, 7), True, [], (True, [])),
-        ("8.2.1.8", (5, 3), True, [], "no INT8 kernels.*Jetson Nano.*--fp16"),
+        ("8.2.1.8", (5, 3), True, [], "no INT8 kernels.*Jetson Nano.*--fp16.*ONNX Runtime"),
         ("8.2.1.8", (6, 2), True, [], "no INT8 kernels"),
         ("8.0.1", (7, 2), True, [], "too old"),
         ("11.4.1", (8, 7), True, ["--fp16"], "no FP16 flag any more"),
         ("10.3.0", (8, 7), True, ["--fp16", "--strongly-typed"], "Leave --fp16 out"),
         ("8.6.2", (8, 7), True, ["--strongly-typed"], "no strongly typed"),
+        ("10.3.0", (8, 7), True, ["--sparse"], (False, ["INT8", "SPARSE_WEIGHTS"])),
+        ("11.4.1", (8, 7), True, ["--sparse"], (True, ["SPARSE_WEIGHTS"])),
+        ("8.5.2", (7, 2), True, ["--sparse"], "no sparse kernels"),
+        ("8.5.2", (7, 2), False, ["--fp16", "--dla-core", "0"], (False, ["FP16", "GPU_FALLBACK"])),
+        ("11.4.1", (8, 7), True, ["--dla-core", "1"], (True, ["GPU_FALLBACK"])),
+        ("10.3.0", (8, 7), True, ["--fp16", "--dla-core", "0"], "takes no model with QuantizeLinear.*--format onnx"),
+        ("10.3.0", (8, 7), False, ["--dla-core", "0"], "Add --fp16"),
+        ("10.13.3", (8, 7), False, ["--fp16", "--dla-core", "0"], "10.13 has no DLA"),
+        ("10.3.0", (8, 6), False, ["--fp16", "--dla-core", "0"], "no DLA beside it"),
     ],
 )
 def test_version_gates(
@@ -135,7 +145,8 @@ def test_main_on_every_generation(
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     assert run_main(folder, *options) == 0
     assert (trt.made.network, trt.made.flags) == (network, flags)
-    assert getattr(trt.made.config, "max_workspace_size" if version == "8.2.1.8" else "workspace") == 512 << 20
+    config = trt.made.config
+    assert config.max_workspace_size == 512 << 20 if version == "8.2.1.8" else config.made == {"workspace": 512 << 20}
     record = json.loads((folder / "engine.json").read_text())
     assert (folder / "model.engine").read_bytes() == b"engine"
     assert record["check"] == {"relative_error": 0.0, "top1_agreement": 1.0, "images": 3}
@@ -145,6 +156,108 @@ def test_main_on_every_generation(
     assert [layer["precision"] for layer in record["layers"]] == ["INT8 -> FP16"]
     assert "INT8 -> FP16" in capsys.readouterr().out
     assert not list(folder.glob("*.part"))
+
+
+@pytest.mark.parametrize("version", ["8.2.1.8", "8.6.2", "10.3.0", "11.4.1"])
+def test_open_batch_gets_a_profile(folder: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    trt = fake_tensorrt(version, batch=-1)
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    assert run_main(folder, "--batch", "4", "--max-batch", "8") == 0
+    assert trt.made.shapes == {"input": ((1, 1, 2, 2), (4, 1, 2, 2), (8, 1, 2, 2))}
+    record = json.loads((folder / "engine.json").read_text())
+    assert record["batch"] == record["latency"]["batch"] == 4
+    assert record["check"]["top1_agreement"] == 1.0
+
+
+@pytest.mark.parametrize("options", [["--batch", "0"], ["--batch", "4", "--max-batch", "2"]])
+def test_batches_that_cannot_be(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(options)
+    assert "--max-batch" in capsys.readouterr().err
+
+
+def test_timing_cache_is_kept_and_used_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = folder / "timing.cache"
+    for version, content in (("10.3.0", b"(10, 3)+"), ("10.3.0", b"(10, 3)++"), ("10.7.0", b"(10, 7)+")):
+        monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt(version))
+        assert run_main(folder) == 0
+        assert kept.read_bytes() == b"cache of " + content  # one of another version is begun anew
+    kept.unlink()
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt("10.3.0"))
+    assert run_main(folder, "--no-timing-cache") == 0
+    assert not kept.exists()
+
+
+def test_settings_reach_the_builder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "net.onnx").write_bytes(b"float")
+    trt = fake_tensorrt("8.6.2")
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    assert run_main(folder, "--fp16", "--sparse", "--dla-core", "1", "--optimization-level", "5") == 0
+    config = trt.made.config
+    assert config.flags == ["fp16", "sparse", "fallback"]
+    assert (config.default_device_type, config.DLA_core, config.builder_optimization_level) == ("dla", 1, 5)
+    assert trt.made.runtime.DLA_core == 1
+    assert json.loads((folder / "engine.json").read_text())["dla_core"] == 1
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt("8.6.2", dla_cores=0))  # an Orin Nano
+    assert run_main(folder, "--fp16", "--dla-core", "0") == 2
+    assert "no DLA core 0 here: this device has 0" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt("8.5.2"))
+    assert run_main(folder, "--optimization-level", "5") == 2
+    assert "8.6 or later" in capsys.readouterr().err
+
+
+def test_tensorrt_rtx_checks_and_keeps_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_tensorrt("1.7.1", rtx=True))
+    assert run_main(folder) == 0
+    assert "thrown away" in capsys.readouterr().out
+    assert json.loads((folder / "check.json").read_text())["product"] == "TensorRT-RTX"
+    assert {path.name for path in folder.iterdir()} == {"net.onnx", "reference.npz", "check.json"}
+
+
+def test_engine_json_keeps_what_the_engine_loses(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt("11.4.1"))
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], []), producer_name="x" * 300)
+    for key, value in {
+        "edgecompress.labels": "a,b",
+        "edgecompress.preprocess": '{"size": [8, 8]}',
+        "empty": "",
+    }.items():
+        model.metadata_props.append(onnx.StringStringEntryProto(key=key, value=value))
+    (folder / "net.onnx").write_bytes(model.SerializeToString())
+    assert run_main(folder) == 0
+    record = json.loads((folder / "engine.json").read_text())
+    assert record["metadata"] == {
+        "edgecompress.labels": "a,b", "edgecompress.preprocess": '{"size": [8, 8]}', "empty": ""
+    }  # fmt: skip
+    assert record["precisions"] == {"INT8 -> FP16": 1}
+    assert json.loads((folder / "layers.json").read_text())["Layers"][0]["Inputs"][0]["DataType"] == "Int8"
+    assert record["engine_sha256"] == hashlib.sha256((folder / "model.engine").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff", b"\x72\xff\xff", b"....", b"\x72\x02\x0a\x7f"])
+def test_properties_of_what_is_no_onnx(data: bytes) -> None:
+    assert set(build_on_device.properties(data)) <= {"", "\x7f"}
+
+
+def test_class_numbers_are_compared_as_such() -> None:
+    result = build_on_device.compare(np.int64([1, 2, 3, 4]), np.int64([1, 2, 3, 0]))
+    assert result == {"relative_error": None, "top1_agreement": 0.75, "images": 4}
+
+
+def test_the_fake_has_what_each_version_has() -> None:
+    old, ten, eleven = (fake_tensorrt(version) for version in ("8.2.1", "10.3.0", "11.4.1"))
+    assert not hasattr(old.made.config, "set_memory_pool_limit") and not hasattr(old, "TensorIOMode")
+    for trt in (ten, eleven):
+        with pytest.raises(AttributeError, match="max_workspace_size"):
+            trt.made.config.max_workspace_size = 1
+        assert not hasattr(fake_engine(version_of(trt.__version__), 0.0), "num_bindings")
+    assert hasattr(ten.BuilderFlag, "FP16") and not hasattr(eleven.BuilderFlag, "FP16")
+    assert not hasattr(fake_engine((11, 4), 0.0), "device_memory_size")
 
 
 def test_wrong_outputs_write_nothing(
@@ -163,6 +276,7 @@ def test_clear_errors(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
         return capsys.readouterr().err
 
     monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
     assert "python3-libnvinfer" in error_of(4)
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt("10.3.0", plan=None))
     assert "no INT8 kernel for X" in error_of(1)
@@ -208,8 +322,10 @@ def test_warm_up_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_build_engine_here(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     model = folder / "net.onnx"
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(MissingBackendError, match=r"run build_on_device\.py there"):
-        build_engine_here(model, folder / "out")
+    for rtx in (None, fake_tensorrt("1.7.1", rtx=True)):
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", rtx)
+        with pytest.raises(MissingBackendError, match=r"run build_on_device\.py there"):
+            build_engine_here(model, folder / "out")
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt("10.3.0", plan=None))
     with pytest.raises(BadFileError, match="could not build"):
         build_engine_here(model, folder / "out")
