@@ -94,8 +94,9 @@ def command(
     path = (out or run / "exports") / artifact.path
     if engine:
         from edgecompress.exporters.check_tensorrt import build_engine_here
+        from edgecompress.exporters.formats import record_engine
 
-        build_engine_here(path, path.parent)
+        record_engine(out or run / "exports", artifact, build_engine_here(path, path.parent))
     if as_json:
         click.echo(json.dumps(artifact.model_dump(mode="json"), indent=1))
         return

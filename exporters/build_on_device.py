@@ -36,6 +36,7 @@ NO_TENSORRT = (
     "Elsewhere: pip install tensorrt."
 )
 HAS_DLA = ((7, 2), (8, 7))  # compute capabilities of Xavier and Orin; the Orin Nano has none all the same
+USUAL_LIMITS = {"max_error": 0.1, "min_agreement": 0.95}
 NUMPY_TYPES = {
     "FLOAT": np.float32, "HALF": np.float16, "INT8": np.int8, "UINT8": np.uint8, "INT32": np.int32, "INT64": np.int64,
 }  # fmt: skip
@@ -85,8 +86,8 @@ def parse_arguments(arguments: "list[str] | None" = None) -> argparse.Namespace:
     add("--no-timing-cache", action="store_true", help="measure every kernel anew and keep nothing")
     add("--seconds", type=float, default=3.0, metavar="S", help="how long to time single batches (default 3)")
     add("--no-check", action="store_true", help="build although there is no reference.npz")
-    add("--max-error", type=float, default=0.1, metavar="E", help="relative L2 error allowed (default 0.1)")
-    add("--min-agreement", type=float, default=0.95, metavar="A", help="top-1 agreement wanted (default 0.95)")
+    add("--max-error", type=float, metavar="E", help="relative L2 error allowed (default: see reference.npz, or 0.1)")
+    add("--min-agreement", type=float, metavar="A", help="top-1 agreement wanted (default: see reference.npz, or 0.95)")
     args = parser.parse_args(arguments)
     if args.max_batch is None:
         args.max_batch = args.batch
@@ -178,15 +179,16 @@ def find_onnx(named: "str | None", folder: str) -> str:
     return found[0]
 
 
-def read_reference(path: str) -> "tuple[Any, Any]":
-    """``inputs [N, C, H, W]`` as the file takes them, and the expected ``outputs [N, ...]``."""
+def read_reference(path: str) -> "dict[str, Any]":
+    """``inputs [N, C, H, W]`` as the file takes them, the expected ``outputs [N, ...]``, and how far off is still right."""
     if not os.path.isfile(path):
         raise Problem(f"There is no {path}. Copy it from the export folder, or build unchecked with --no-check.", 2)
     with np.load(path, allow_pickle=False) as data:
         missing = [key for key in ("inputs", "outputs") if key not in data]
         if missing:
             raise Problem(path + " has no array '" + missing[0] + "'. Export again.", 2)
-        return data["inputs"], data["outputs"]
+        limits = {key: float(data[key]) if key in data else usual for key, usual in USUAL_LIMITS.items()}
+        return dict(limits, inputs=data["inputs"], outputs=data["outputs"])
 
 
 def fields(data: bytes) -> "Iterator[tuple[int, Any]]":
@@ -578,8 +580,8 @@ def build(args: argparse.Namespace, say: "Callable[[str], None]" = print) -> "di
         "layers": layers, "check": None, "power": power_state(),
     }  # type: dict[str, Any]  # fmt: skip
     if reference is not None:
-        record["check"] = compare(session.run(reference[0]), reference[1])
-        require_right(record["check"], args, say)
+        record["check"] = compare(session.run(reference["inputs"]), reference["outputs"])
+        require_right(record["check"], reference, args, say)
     record["latency"] = latency = measure(session, args.seconds)
     say("median {median_us:.1f} us, p90 {p90_us:.1f}, p99 {p99_us:.1f} on the GPU".format(**latency["gpu"]))
     if record["power"]["gpu_clock_locked"] is False:
@@ -595,15 +597,21 @@ def build(args: argparse.Namespace, say: "Callable[[str], None]" = print) -> "di
     return record
 
 
-def require_right(check: "dict[str, Any]", args: argparse.Namespace, say: "Callable[[str], None]") -> None:
-    """Say how near the outputs are, and refuse those that are too far."""
-    error = check["relative_error"]
+def require_right(
+    check: "dict[str, Any]", reference: "dict[str, Any]", args: argparse.Namespace, say: "Callable[[str], None]"
+) -> None:
+    """Say how near the outputs are, and refuse those that are too far: the command line's limits, else the reference's."""
+    allowed, wanted = (
+        reference[key] if given is None else given
+        for key, given in (("max_error", args.max_error), ("min_agreement", args.min_agreement))
+    )
+    error, same = check["relative_error"], check["top1_agreement"]
     words = "" if error is None else f"error {error:.4f}, "
-    say("{}top-1 agreement {:.4f} on {} images".format(words, check["top1_agreement"], check["images"]))
-    if not ((error is None or error <= args.max_error) and check["top1_agreement"] >= args.min_agreement):
+    say("{}top-1 agreement {:.4f} on {} images".format(words, same, check["images"]))
+    if not ((error is None or error <= allowed) and same >= wanted):
         raise Problem(
-            f"The outputs differ from reference.npz by more than --max-error {args.max_error} or agree on less "
-            f"than --min-agreement {args.min_agreement}; no engine was written.", 3
+            f"The outputs differ from reference.npz by more than --max-error {allowed:.3g} or agree on less "
+            f"than --min-agreement {wanted:.3g}; no engine was written.", 3
         )  # fmt: skip
 
 

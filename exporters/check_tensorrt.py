@@ -17,6 +17,16 @@ from edgecompress.errors import BadFileError, GoalMissedError, MissingBackendErr
 from edgecompress.quantize import QuantizedGraph
 
 BUILT = "built"
+# Reasons that were seen, and what helped; the last fits all.
+MENDS = {
+    "FP32 GEMM is not supported": "give the linear layer 16 bits in the policy: this GPU multiplies no FP32 matrices",
+    "Non-zero zero point": "this is no file for TensorRT; export --format tensorrt",
+    "has type Int32": "this is no file for TensorRT; export --format tensorrt",
+    "CHECK(dtype == W.type())": "give the layer's input 16 bits in the policy: INT4 weights do not go with integer inputs",
+    "optimization profile": "export with a fixed --batch",
+    "Failed to import initializer": "leave --max-opset at 21 or below",
+    "": "give the layer that it names 16 or 32 bits in the policy",
+}
 
 
 def check_builds(model_bytes: bytes, *, capabilities: Iterable[str] = ("SM86", "SM89")) -> dict[str, str]:
@@ -83,6 +93,11 @@ def _collector(trt: Any) -> Any:
 def _sentence(messages: list[str]) -> str:
     """The first message that says something, on one line."""
     return " ".join((messages or ["refused without a message"])[0].split())
+
+
+def mend_for(refusal: str) -> str:
+    """What to change where TensorRT-RTX refused a file for a reason that is known; else that the layer can be left float."""
+    return next((mend for reason, mend in MENDS.items() if reason in refusal), MENDS[""])
 
 
 def two_four_layers(quantized: QuantizedGraph) -> dict[str, bool]:

@@ -158,13 +158,18 @@ def _check_trt(source: ExportSource, data: bytes) -> verify.Checks:
 
 
 def _files_for_the_device(source: ExportSource, folder: Path) -> None:
-    """The build script and a few inputs with the outputs that the engine must give."""
+    """The build script, and inputs with the outputs that the engine must give: 16 images, of small ones up to 64."""
+    from edgecompress.exporters.simulate_tensorrt import engine_limits
+
     shutil.copyfile(Path(__file__).with_name("build_on_device.py"), folder / "build_on_device.py")
     runner = OnnxRuntimeRunner(folder / "model.onnx", optimise=False)
-    images = source.interface.images(source.images[:16], source.preprocessing)
+    plain = source.images[: min(max(16, 12_000_000 // source.images[0].nbytes), 64)]
+    images = source.interface.images(plain, source.preprocessing)
     outputs = run_all(runner, images)
+    limits = engine_limits(source.quantized, plain) if source.quantized is not None else {}
+    arrays: dict[str, Any] = {"inputs": images, "outputs": outputs, **limits}
     with written_whole(folder / "reference.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, inputs=images, outputs=outputs)
+        np.savez(file, **arrays)
 
 
 EXPORTERS: dict[str, Exporter] = {
@@ -265,6 +270,27 @@ def _oldest(exporter: Exporter, source: ExportSource, model: onnx.ModelProto) ->
             return f"TensorRT {source.target.runtime_version}"
         return f"TensorRT {'10.0' if model.opset_import[0].version >= FOUR_BITS_OPSET else '8.5'}"
     return f"ONNX Runtime {oldest_onnxruntime(model)}"
+
+
+def record_engine(folder: Path, source: Artifact, built: Mapping[str, Any]) -> Artifact:
+    """Write an engine that was built here beside its ONNX file ``source`` into ``export.json``; ``built`` is engine.json."""
+    checks: dict[str, verify.Value] = {
+        f"engine_{key}": value for key, value in (built["check"] or {"checked": False}).items() if value is not None
+    }
+    checks["engine_precisions"] = ", ".join(f"{count} {name}" for name, count in built["precisions"].items())
+    checks["engine_median_us"] = built["latency"]["gpu"]["median_us"]
+    engine = source.model_copy(
+        update={
+            "path": str(Path(source.path).with_name("model.engine")),
+            "format": "engine",
+            "sha256": built["engine_sha256"],
+            "size_bytes": built["size_bytes"],
+            "oldest_runtime": f"{built['product']} {built['tensorrt']} on {built['gpu']}, no other",
+            "checks": checks,
+        }
+    )
+    _record(folder, "engine", engine)
+    return engine
 
 
 def check_place(path: Path) -> None:

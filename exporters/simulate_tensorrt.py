@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgecompress.exporters.build_on_device import compare
 from edgecompress.exporters.runners import OnnxRuntimeRunner
 from edgecompress.exporters.to_tensorrt import half_values, quantized_reads, symmetric_scale, value_names
 from edgecompress.graph import Node
@@ -29,10 +30,12 @@ _VALUES_AT_ONCE = 20_000_000
 
 
 class _Arithmetic:
-    """One node at a time, for given inputs."""
+    """One node at a time, for given inputs. ``all_half``: every result is rounded to FP16."""
 
-    def __init__(self, quantized: QuantizedGraph) -> None:
+    def __init__(self, quantized: QuantizedGraph, *, all_half: bool = False) -> None:
         self.quantized, self.reads, self.half = quantized, quantized_reads(quantized), half_values(quantized)
+        if all_half:
+            self.half = frozenset(value for node in quantized.graph.nodes for value in node.outputs)
         self.constants = float_constants(quantized.graph)
         for layer in quantized.graph.layers:
             if layer.name in quantized.weights:
@@ -61,13 +64,29 @@ def _on_grid(value: Tensor, how: TensorRange) -> Tensor:
     return (value / step).round().clamp(low, high) * step
 
 
-def simulate(quantized: QuantizedGraph, x: Tensor) -> Tensor:
-    """Outputs for normalised images ``[N, C, H, W]``; TensorRT's differ by single roundings and what becomes of them."""
-    graph, compute = quantized.graph, _Arithmetic(quantized)
+def simulate(quantized: QuantizedGraph, x: Tensor, *, all_half: bool = False) -> Tensor:
+    """Outputs for normalised images ``[N, C, H, W]``; TensorRT's differ by single roundings and what becomes of them.
+
+    With ``all_half`` what is not integer is FP16, as TensorRT's FP16 flag allows.
+    """
+    graph, compute = quantized.graph, _Arithmetic(quantized, all_half=all_half)
     values = {graph.inputs[0]: x}
     for node in graph.nodes:
         values[node.outputs[0]] = compute(node, values)
     return values[graph.outputs[0]]
+
+
+def engine_limits(quantized: QuantizedGraph, images: NDArray[np.float32]) -> dict[str, float]:
+    """How far a right engine's outputs may be from the file's: ``max_error`` and ``min_agreement`` of `compare`.
+
+    Three times as far as this network's own outputs are when everything between its integers is rounded to FP16, which flips
+    single roundings as other kernels do; at least a relative error of 0.1 and one image of another class.
+    """
+    with torch.no_grad():
+        x = torch.from_numpy(images)
+        spread = compare(simulate(quantized, x, all_half=True).numpy(), simulate(quantized, x).numpy())
+    other = max(3 * (1 - spread["top1_agreement"]), 0.05, 1 / len(images))
+    return {"max_error": max(3 * spread["relative_error"], 0.1), "min_agreement": max(1 - other, 0.0)}
 
 
 def node_errors(model: onnx.ModelProto, quantized: QuantizedGraph, images: NDArray[np.float32]) -> dict[str, float]:

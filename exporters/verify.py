@@ -227,7 +227,7 @@ def check_trt(model: bytes, quantized: QuantizedGraph, images: Images, *, class_
 
     Outputs are compared too, but decide nothing: see `simulate_tensorrt`.
     """
-    from edgecompress.exporters.check_tensorrt import BUILT, check_builds, two_four_layers
+    from edgecompress.exporters.check_tensorrt import BUILT, check_builds, mend_for, two_four_layers
     from edgecompress.exporters.to_tensorrt import lint
 
     checks, proto = Checks(), onnx.load_from_string(model)
@@ -265,7 +265,8 @@ def check_trt(model: bytes, quantized: QuantizedGraph, images: Images, *, class_
     }
     refused = {key: value for key, value in builds.items() if key.startswith("SM") and value != BUILT}
     if refused:
-        checks.failures.append(f"TensorRT-RTX refuses the file: {next(iter(refused.values()))}")
+        reason = next(iter(refused.values()))
+        checks.failures.append(f"TensorRT-RTX refuses the file: {reason} (to mend it, {mend_for(reason)})")
     return checks
 
 

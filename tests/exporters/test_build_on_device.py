@@ -268,6 +268,12 @@ def test_wrong_outputs_write_nothing(
     assert "differ from reference.npz" in capsys.readouterr().err
     assert not (folder / "model.engine").exists() and not (folder / "engine.json").exists()
     assert run_main(folder, "--max-error", "0.25") == 0
+    with np.load(folder / "reference.npz") as data:
+        known = dict(data)
+    np.savez(folder / "reference.npz", **known, max_error=np.float64(0.3), min_agreement=np.float64(0.9))
+    assert run_main(folder) == 0
+    assert run_main(folder, "--max-error", "0.15") == 3
+    assert "--max-error 0.15 or agree on less than --min-agreement 0.9" in capsys.readouterr().err
 
 
 def test_clear_errors(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,10 @@ from fake_tensorrt import FakeCudaLibrary, fake_tensorrt
 from edgecompress.errors import BadFileError, MissingBackendError
 from edgecompress.exporters import build_on_device
 from edgecompress.exporters.artifacts import open_artifact
+from edgecompress.exporters.check_tensorrt import build_engine_here
+from edgecompress.exporters.formats import record_engine
 from edgecompress.exporters.runners import measure_latency_us, run_all
-from edgecompress.spec import Preprocessing
+from edgecompress.spec import Artifact, Preprocessing
 
 HOW = Preprocessing(size=(2, 2), mean=(0.5,), std=(0.25,))
 
@@ -116,3 +118,23 @@ def test_tensorrt_runs_engines_only(engine: Path) -> None:
         open_artifact(engine.with_name("model.onnx"), runtime="tensorrt")
     with pytest.raises(BadFileError, match="does not read"):
         open_artifact(engine, runtime="openvino")
+
+
+def test_engine_built_here_is_an_artifact(engine: Path, tmp_path: Path) -> None:
+    onnx_file = Artifact(
+        path="tensorrt/model.onnx", format="tensorrt", dialect="trt", sha256="a", size_bytes=1, policy_sha256="b",
+        inputs={"input": [2, 1, 2, 2]}, outputs={"output": [2, 4]}, opset=17, ir_version=8, preprocessing=HOW,
+    )  # fmt: skip
+    images = np.ones((2, 1, 2, 2), np.float32)
+    np.savez(engine.with_name("reference.npz"), inputs=images, outputs=np.eye(4, dtype=np.float32)[[1, 1]])
+    built = build_engine_here(engine.with_name("model.onnx"), engine.parent, seconds=0.0)
+    record_engine(tmp_path, onnx_file, built)
+    found = Artifact.model_validate(json.loads((tmp_path / "export.json").read_text())["engine"])
+    assert (
+        found.path == "tensorrt/model.engine" and found.sha256 == built["engine_sha256"] and found.preprocessing == HOW
+    )
+    assert found.oldest_runtime == "TensorRT 10.3.0 on Fake Orin, no other"
+    assert found.checks == {
+        "engine_relative_error": 0.0, "engine_top1_agreement": 1.0, "engine_images": 2,
+        "engine_precisions": "1 INT8 -> FP16", "engine_median_us": 250.0,
+    }  # fmt: skip

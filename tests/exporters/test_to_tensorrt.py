@@ -15,9 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from edgecompress.errors import UnknownNameError, UsageError
-from edgecompress.exporters.check_tensorrt import check_builds, two_four_layers
+from edgecompress.exporters.check_tensorrt import MENDS, check_builds, mend_for, two_four_layers
 from edgecompress.exporters.runners import OnnxRuntimeRunner
-from edgecompress.exporters.simulate_tensorrt import node_errors, simulate
+from edgecompress.exporters.simulate_tensorrt import engine_limits, node_errors, simulate
 from edgecompress.exporters.to_tensorrt import integer_model, lint, opset_for, symmetric_scale
 from edgecompress.graph import Graph, build_graph
 from edgecompress.models import CifarVgg, build_model
@@ -298,6 +298,28 @@ def test_a_small_fault_in_one_layer_is_found(resnet8: Case, break_it: object) ->
     assert 1 <= sum(not error < 1 for error in errors.values()) <= 2, errors
 
 
+def test_limits_for_an_engine_follow_the_networks_own_spread(case: Case) -> None:
+    """A right engine, such as one with FP16 between its integers, stays inside; one with a wrong layer does not."""
+    images = case.images.numpy()
+    quantized = case.quantized()
+    limits = engine_limits(quantized, images)
+    expected = simulate(quantized, case.images).numpy()
+    outputs = simulate(quantized, case.images, all_half=True).numpy()
+    assert (
+        relative(outputs, expected) <= limits["max_error"] and agreement(outputs, expected) >= limits["min_agreement"]
+    )
+    layer = case.graph.layers[2]
+    scale = quantized.weights[layer.name].scale * np.float32(2)
+    weights = dict(quantized.weights) | {layer.name: QuantizedWeight(quantized.weights[layer.name].values, scale, 8)}
+    wrong = simulate(QuantizedGraph(quantized.graph, quantized.tensors, weights), case.images).numpy()
+    assert relative(wrong, expected) > limits["max_error"] or agreement(wrong, expected) < limits["min_agreement"]
+
+
+def test_refusals_name_a_mend() -> None:
+    assert "16 bits" in mend_for("builder: Cannot compile '/fc/Gemm' for Turing: FP32 GEMM is not supported")
+    assert mend_for("builder: something new") == MENDS[""]
+
+
 def test_two_four_sparsity(resnet8: Case) -> None:
     quantized = resnet8.quantized()
     values = quantized.weights["layer1.0.conv1"].values.copy()
@@ -465,6 +487,7 @@ def test_tensorrt_rtx_refuses_the_other_dialect(resnet8: Case) -> None:
 
     result = check_builds(ort_model(resnet8.quantized(), batch=1).SerializeToString(), capabilities=["SM86"])
     assert result["SM86"].startswith("parser: ")
+    assert "export --format tensorrt" in mend_for(result["SM86"])
     with pytest.raises(UnknownNameError, match="SM87"):
         check_builds(b"", capabilities=["SM87"])
 
