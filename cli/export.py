@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     "format_name",
     default="onnxruntime",
     show_default=True,
-    help="onnx, onnxruntime, openvino or tensorrt.",
+    help="onnx, onnxruntime, onnxruntime-optimised, ort, openvino or tensorrt.",
 )
 @click.option(
     "--input",
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 )
 @click.option("--batch", help="Images per call: a number, or 'dynamic'. Default: dynamic, for tensorrt 1.")
 @click.option("--max-opset", type=int, help="Highest ONNX opset, 15 to 25; below 25 two bits are stored as four.")
+@click.option(
+    "--saturating-cpu", is_flag=True, help="Weights of at most 7 bits: exact and fast on x86 without VNNI (AVX2 only)."
+)
 @click.option("--strip-metadata", is_flag=True, help="Short names and no metadata: the smallest file.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write to. Default: RUN/exports.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Prove the file before it gets its name.")
@@ -58,6 +61,7 @@ def command(
     head: Head,
     batch: str | None,
     max_opset: int | None,
+    saturating_cpu: bool,
     strip_metadata: bool,
     out: Path | None,
     verify: bool,
@@ -89,6 +93,7 @@ def command(
         batch=_batch(batch),
         max_opset=max_opset,
         bare=strip_metadata,
+        saturating_cpu=saturating_cpu,
     )
     artifact = export_run(run, format_name, check=verify, interface=interface, out=out)
     path = (out or run / "exports") / artifact.path

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from edgecompress.errors import BadFileError, UnknownNameError
 from edgecompress.exporters.interface import PROPERTY
 from edgecompress.exporters.runners import OnnxRuntimeRunner, OpenVinoRunner, Runner
+from edgecompress.exporters.saturation import SATURATION
 from edgecompress.spec import Preprocessing
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ def open_artifact(path: Path, *, threads: int = 1, runtime: str = "") -> Opened:
         model = _checked_onnx(path)
         said = {entry.key: entry.value for entry in model.metadata_props}
         as_written = name == "onnxruntime" and is_trt_dialect(model)
+        if name == "onnxruntime" and said.get(f"edgecompress.{SATURATION}") == "none":
+            runner: Runner = OnnxRuntimeRunner(path, threads=threads, precise=False)
+            return Opened(runner, _takes_pixels(said), _prepared(said))
         return Opened(RUNTIMES[name](path, threads, not as_written), _takes_pixels(said), _prepared(said), as_written)
     if SUFFIXES[path.suffix] != name:
         raise BadFileError(f"{name} does not read {path.suffix} files; leave --runtime out.")

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,10 @@ from edgecompress.exporters.onnx_writing import (
     oldest_onnxruntime,
 )
 from edgecompress.exporters.runners import OnnxRuntimeRunner, run_all
+from edgecompress.exporters.saturation import SATURATION, weights_saturate, without_saturation
 from edgecompress.exporters.to_onnx import float_model
 from edgecompress.exporters.to_onnxruntime import integer_model
-from edgecompress.files import read_json, sha256, write_bytes, write_text, written_whole
+from edgecompress.files import file_sha256, read_json, sha256, write_bytes, write_text, written_whole
 from edgecompress.graph import Graph
 from edgecompress.quantize import QuantizedGraph
 from edgecompress.spec import Artifact, CompressionPolicy, Network, Preprocessing, Target
@@ -77,14 +79,27 @@ class ExportSource:
 
 
 @dataclass(frozen=True)
+class Converted:
+    """Files of another format made from a proven ONNX model, by name, and the proof that they compute the same."""
+
+    files: Mapping[str, bytes]
+    checks: verify.Checks
+    oldest_runtime: str
+
+
+@dataclass(frozen=True)
 class Exporter:
-    """One format: how it is written and how it is proven. ``beside`` adds files for the device."""
+    """One format: how it is written and how it is proven. ``beside`` adds files for the device.
+
+    ``convert`` makes the files of another format from the finished ONNX model; ``file_name`` is the first of them.
+    """
 
     dialect: str
     file_name: str
     write: Callable[[ExportSource], onnx.ModelProto]
     check: Callable[[ExportSource, bytes], verify.Checks]
     beside: Callable[[ExportSource, Path], None] | None = None
+    convert: Callable[[ExportSource, bytes, bool], Converted] | None = None
 
 
 def _write_onnx(source: ExportSource) -> onnx.ModelProto:
@@ -106,23 +121,50 @@ def _check_onnx(source: ExportSource, data: bytes) -> verify.Checks:
 def _write_ort(source: ExportSource) -> onnx.ModelProto:
     # A TensorRT target says nothing of ONNX Runtime's opset; its integer file is for the host and for ORT on the device.
     max_opset = source.target.max_opset if source.target.exporter == "onnxruntime" else max(IR_VERSIONS)
+    safe = {SATURATION: "none"} if _avoids_saturation(source) else {}
     return integer_model(
-        _integers(source),
-        metadata=source.metadata,
+        _for_the_cpu(source),
+        metadata=source.metadata | safe,
         max_opset=source.interface.opset(max_opset),
         batch=source.interface.batch_or(None),
     )
 
 
+def _avoids_saturation(source: ExportSource) -> bool:
+    return source.interface.saturating_cpu or weights_saturate(source.target)
+
+
+def _for_the_cpu(source: ExportSource) -> QuantizedGraph:
+    """The integers as ONNX Runtime's kernels on the target can take them."""
+    return without_saturation(_integers(source)) if _avoids_saturation(source) else _integers(source)
+
+
 def _check_ort(source: ExportSource, data: bytes) -> verify.Checks:
-    quantized = _integers(source)
+    quantized = _for_the_cpu(source)
     memory = planned_activation_bytes(source.graph, quantized.tensors)
     unpacked = sum(weight.values.size for weight in quantized.weights.values())
     return verify.merged(
-        verify.check_ort(data, quantized, source.images, class_scores=source.task.class_scores),
+        verify.check_ort(
+            data,
+            quantized,
+            source.images,
+            class_scores=source.task.class_scores,
+            precise=not _avoids_saturation(source),
+        ),
         verify.check_size(data, quantized),
         verify.check_memory(memory, max(unpacked, len(data)), source.target.memory_mb),
     )
+
+
+def _optimised(source: ExportSource, model: bytes, check: bool, *, name: str) -> Converted:
+    import onnxruntime
+
+    from edgecompress.exporters import to_ort_format
+
+    data = to_ort_format.optimised(model, ort_format=name.endswith(".ort"))
+    images = source.interface.images(source.images, source.preprocessing)
+    checks = to_ort_format.check_same(data, model, images) if check else verify.Checks()
+    return Converted({name: data}, checks, f"ONNX Runtime {onnxruntime.__version__}")
 
 
 def _write_openvino(source: ExportSource) -> onnx.ModelProto:
@@ -175,6 +217,12 @@ def _files_for_the_device(source: ExportSource, folder: Path) -> None:
 EXPORTERS: dict[str, Exporter] = {
     "onnx": Exporter("float", "model.onnx", _write_onnx, _check_onnx),
     "onnxruntime": Exporter("ort", "model.int8.onnx", _write_ort, _check_ort),
+    "ort": Exporter(
+        "ort", "model.int8.ort", _write_ort, _check_ort, convert=partial(_optimised, name="model.int8.ort")
+    ),
+    "onnxruntime-optimised": Exporter(
+        "ort", "model.optimised.onnx", _write_ort, _check_ort, convert=partial(_optimised, name="model.optimised.onnx")
+    ),
     "openvino": Exporter("ort", "model.openvino.onnx", _write_openvino, _check_openvino),
     "tensorrt": Exporter("trt", "tensorrt/model.onnx", _write_trt, _check_trt, _files_for_the_device),
 }
@@ -218,26 +266,31 @@ def export(source: ExportSource, format_name: str, folder: Path, *, check: bool 
         )
     if check and source.labels is not None and checks.outputs is not None:
         checks.values |= _score(source.task, checks.outputs, source.labels)
+    converted = exporter.convert(source, data, check) if exporter.convert and not checks.failures else None
+    if converted is not None:
+        checks.values |= converted.checks.values
+        checks.failures += converted.checks.failures
     if checks.failures:
         raise GoalMissedError(
             f"The {format_name} export failed its proof: {'; '.join(checks.failures)}. Nothing was written; report it with the run folder."
         )
     path = folder / exporter.file_name
-    write_bytes(path, data)
+    for name, content in (converted.files if converted else {exporter.file_name: data}).items():
+        write_bytes(folder / name, content)
     if exporter.beside is not None:
         exporter.beside(source, path.parent)
     artifact = Artifact(
         path=exporter.file_name,
         format=format_name,
         dialect=exporter.dialect,
-        sha256=sha256(data),
-        size_bytes=len(data),
+        sha256=file_sha256(path),
+        size_bytes=sum(len(content) for content in converted.files.values()) if converted else len(data),
         policy_sha256=sha256(source.policy.model_dump_json().encode()),
         inputs=_signature(model.graph.input),
         outputs=_signature(model.graph.output),
         opset=model.opset_import[0].version,
         ir_version=model.ir_version,
-        oldest_runtime=_oldest(exporter, source, model),
+        oldest_runtime=converted.oldest_runtime if converted else _oldest(exporter, source, model),
         facts=source.facts,
         preprocessing=source.preprocessing,
         checks=checks.values,

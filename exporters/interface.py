@@ -30,7 +30,7 @@ class Interface:
     """How a file is called, and what it may use.
 
     ``pixels``: the file takes 0 to 255 and normalises itself (always with ``uint8``). ``batch`` 0 is a free batch; None is
-    what suits the format. ``bare``: short names, no metadata.
+    what suits the format. ``bare``: short names, no metadata. ``saturating_cpu``: weights of at most 7 bits, see `saturation`.
     """
 
     input: InputType = "float32"
@@ -40,6 +40,7 @@ class Interface:
     batch: int | None = None
     max_opset: int | None = None
     bare: bool = False
+    saturating_cpu: bool = False
 
     def __post_init__(self) -> None:
         for value, kind, what in (

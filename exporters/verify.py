@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from edgecompress.exporters import simulate_tensorrt
 from edgecompress.exporters.emulate import emulate, float_islands, runs_in_integers
 from edgecompress.exporters.onnx_writing import Names
 from edgecompress.exporters.packing import store
-from edgecompress.exporters.runners import OnnxRuntimeRunner, OpenVinoRunner, run_all
+from edgecompress.exporters.runners import OnnxRuntimeRunner, OpenVinoRunner, is_x86, run_all
 from edgecompress.graph import Graph, Node
 from edgecompress.interpret import float_constants, run
 from edgecompress.quantize import QuantizedGraph, simulate
@@ -49,14 +48,6 @@ class Checks:
             self.failures.append(otherwise)
 
 
-def has_vnni() -> bool:
-    """Whether this CPU multiplies u8 by s8 exactly (x86 with VNNI); without it AVX2 kernels may saturate."""
-    try:
-        return platform.machine() in ("x86_64", "AMD64") and "vnni" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-
-
 def agreement(first: NDArray[np.float32], second: NDArray[np.float32], *, class_scores: bool = True) -> float:
     """Share of images (for masks: pixels) with the same top-1 class; of images within 10 % where outputs are no scores."""
     if class_scores:
@@ -75,7 +66,7 @@ def optimised_operators(model: bytes) -> Counter[str]:
     """Operators of the graph that ONNX Runtime really runs (before layout transformation)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimised.onnx"
-        OnnxRuntimeRunner(model, optimised_path=path)
+        OnnxRuntimeRunner(model, optimised_path=path, precise=False)
         return Counter(node.op_type for node in onnx.load(path).graph.node)
 
 
@@ -132,8 +123,10 @@ def fusion_report(quantized: QuantizedGraph, operators: Mapping[str, int]) -> tu
     return ", ".join(found.values()), ", ".join(short)
 
 
-def check_ort(model: bytes, quantized: QuantizedGraph, images: Images, *, class_scores: bool = True) -> Checks:
-    """Fusion in ONNX Runtime and equality with the integer emulator."""
+def check_ort(
+    model: bytes, quantized: QuantizedGraph, images: Images, *, class_scores: bool = True, precise: bool = True
+) -> Checks:
+    """Fusion in ONNX Runtime and equality with the integer emulator; see `OnnxRuntimeRunner` for ``precise``."""
     checks = Checks()
     onnx.checker.check_model(model, full_check=True)
     operators = optimised_operators(model)
@@ -150,14 +143,14 @@ def check_ort(model: bytes, quantized: QuantizedGraph, images: Images, *, class_
     checks.values["float_islands"] = ", ".join(islands) or "none"
     report, short = fusion_report(quantized, operators)
     checks.require(not short, "integer_kernels", report, f"ONNX Runtime runs operators in float silently: {short}")
-    found = run_all(OnnxRuntimeRunner(model), images)
+    found = run_all(OnnxRuntimeRunner(model, precise=precise), images)
     with torch.no_grad():
         x = torch.from_numpy(images)
         exact, floating = emulate(quantized, x).numpy(), simulate(quantized, x).numpy()
     checks.outputs = found
     difference = float(np.abs(found - exact).max())
     same = agreement(found, exact, class_scores=class_scores)
-    holds = difference == 0.0 if has_vnni() and not islands else same >= 0.995
+    holds = difference == 0.0 if is_x86() and not islands else same >= 0.995
     checks.require(
         holds, "emulator_max_difference", difference, f"ONNX Runtime differs from the integer emulator by {difference}"
     )

