@@ -113,6 +113,50 @@ class CifarMobileNet(nn.Module):
         return result
 
 
+class _InvertedResidual(nn.Module):
+    """The block of MobileNet-V2 (Sandler et al. 2018, section 3.3): widen, filter channel by channel, narrow without ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        wide = in_channels * expansion
+        layers: list[nn.Module] = []
+        if expansion != 1:
+            layers += [nn.Conv2d(in_channels, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU6()]
+        layers += [
+            nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.ReLU6(),
+            nn.Conv2d(wide, out_channels, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
+        ]
+        self.layers = nn.Sequential(*layers)
+        self.residual = stride == 1 and in_channels == out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        return x + y if self.residual else y
+
+
+class CifarMobileNetV2(nn.Module):
+    """MobileNet-V2-like network for 32x32 images: inverted residuals with ReLU6, one linear layer."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        plan = ((16, 1, 1), (24, 2, 4), (24, 1, 4), (40, 2, 4), (40, 1, 4), (64, 1, 4), (64, 1, 4))
+        channels, last = 16, 256
+        layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU6()]
+        for out_channels, stride, expansion in plan:
+            layers.append(_InvertedResidual(channels, out_channels, stride, expansion))
+            channels = out_channels
+        layers += [nn.Conv2d(channels, last, 1, bias=False), nn.BatchNorm2d(last), nn.ReLU6()]
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(last, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.classifier(self.features(x).mean((2, 3)))
+        return result
+
+
 ZOO: dict[str, Callable[..., nn.Module]] = {
     "resnet8": partial(CifarResNet, 1),
     "resnet20": partial(CifarResNet, 3),
@@ -120,4 +164,5 @@ ZOO: dict[str, Callable[..., nn.Module]] = {
     "vgg16_bn_cifar": partial(CifarVgg, (2, 2, 3, 3, 3)),
     "vgg19_bn_cifar": partial(CifarVgg, (2, 2, 4, 4, 4)),
     "mobilenet_cifar": CifarMobileNet,
+    "mobilenetv2_cifar": CifarMobileNetV2,
 }

@@ -1,4 +1,4 @@
-"""An integer emulator of the ``ort`` dialect that equals ONNX Runtime bit for bit on x86 CPUs with VNNI.
+"""An integer emulator of the ``ort`` dialect that equals ONNX Runtime bit for bit on x86 CPUs (without VNNI: see `OnnxRuntimeRunner`).
 
 It is the proof that a file computes what the policy says. Operators without an integer kernel run as named float islands.
 """

@@ -15,6 +15,7 @@ def load(path, threads=1):
     """The session, the preprocessing that the network was trained with, and its classes, all read from the file itself."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.x64quantprecision", "1")  # exact on x86 CPUs without VNNI, too
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
     return session, json.loads(metadata["edgecompress.preprocess"]), metadata["edgecompress.labels"].split(",")
