@@ -46,6 +46,11 @@ if TYPE_CHECKING:
     "--saturating-cpu", is_flag=True, help="Weights of at most 7 bits: exact and fast on x86 without VNNI (AVX2 only)."
 )
 @click.option("--strip-metadata", is_flag=True, help="Short names and no metadata: the smallest file.")
+@click.option(
+    "--fp16-layers",
+    default="",
+    help="With --format tensorrt: layers that run in FP16, by commas, or 'table': those that the run's table has faster so.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write to. Default: RUN/exports.")
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Prove the file before it gets its name.")
 @click.option(
@@ -63,6 +68,7 @@ def command(
     max_opset: int | None,
     saturating_cpu: bool,
     strip_metadata: bool,
+    fp16_layers: str,
     out: Path | None,
     verify: bool,
     engine: bool,
@@ -95,7 +101,8 @@ def command(
         bare=strip_metadata,
         saturating_cpu=saturating_cpu,
     )
-    artifact = export_run(run, format_name, check=verify, interface=interface, out=out)
+    half = tuple(filter(None, (name.strip() for name in fp16_layers.split(","))))
+    artifact = export_run(run, format_name, check=verify, interface=interface, half=half, out=out)
     path = (out or run / "exports") / artifact.path
     if engine:
         from edgecompress.exporters.check_tensorrt import build_engine_here

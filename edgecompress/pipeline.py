@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from edgecompress.cost import LatencyModel, count
+from edgecompress.cost import LatencyModel, count, kernels
 from edgecompress.data import Dataset, Split, load_data
 from edgecompress.describe import GraphModule, graph_of, traced_of
 from edgecompress.edges import with_edges
@@ -25,13 +25,14 @@ from edgecompress.exporters.sizes import PlannedSize
 from edgecompress.exporters.to_onnx import float_model
 from edgecompress.files import write_bytes, write_document
 from edgecompress.graph import Graph, read_graph
+from edgecompress.latency_tables.half import faster_in_half
 from edgecompress.latency_tables.predict import latency_model
 from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.options import label, resolve, run_name
 from edgecompress.original import answered, class_names, original_network, preprocessing_of
 from edgecompress.posttraining import equalised
 from edgecompress.progress import Progress, Silent
-from edgecompress.quantize import Simulator, calibrate
+from edgecompress.quantize import QuantizedGraph, Simulator, calibrate
 from edgecompress.report import report_on, write_report
 from edgecompress.runs import ORIGINAL, ORIGINAL_INT8, RunFolder, opened
 from edgecompress.spec import (
@@ -338,6 +339,9 @@ def formats_for(job: Job) -> tuple[str, ...]:
     return ("onnx", "tensorrt") if job.target.exporter == "tensorrt" else ("onnx",)
 
 
+BY_TABLE = "table"  # in the place of layers: those that the table has faster in FP16
+
+
 def export_run(
     path: Path,
     format_name: str,
@@ -345,17 +349,21 @@ def export_run(
     data: Dataset | None = None,
     check: bool = True,
     interface: Interface = PLAIN,
+    half: Sequence[str] = (),
     out: Path | None = None,
 ) -> Artifact:
     """Write one format of a finished run into its ``exports`` folder; everything is read back from the run's files.
 
     Args:
         interface: input type, layout, head, opset and batch of the file.
+        half: layers that a TensorRT file computes in FP16 beside those of 16 bits; `BY_TABLE`: those that the run's table
+            has faster so.
         out: another folder.
 
     Raises:
         BadFileError: the run is missing, broken or did not finish. GoalMissedError: the artifact failed its proof.
-        UsageError: ``out`` cannot be written.
+        UsageError: ``out`` cannot be written; ``half`` with another format. UnknownNameError: ``half`` names no layer
+            with integer weights.
     """
     run = RunFolder(path)
     config = run.config()
@@ -363,6 +371,10 @@ def export_run(
         raise UnknownNameError("format", format_name, EXPORTERS)
     integers = run.file("quantized.safetensors").exists() or not run.file("graph.onnx").exists()
     quantized = run.quantized() if integers else None
+    if half:
+        if format_name != "tensorrt":
+            raise UsageError(f"Layers in FP16 are for TensorRT files; they do not go with the format '{format_name}'.")
+        quantized = _in_half(quantized, half, run, config)
     architecture = run.architecture()
     if data is None:
         data = dataset_of(config.data, config, Silent(), architecture.preprocessing)
@@ -382,6 +394,26 @@ def export_run(
         table=Path(config.table).name if config.table else "",
     )
     return export(source, format_name, out or run.file("exports"), check=check)
+
+
+def _in_half(
+    quantized: QuantizedGraph | None, names: Sequence[str], run: RunFolder, config: Config
+) -> QuantizedGraph | None:
+    """``quantized`` with ``names`` (or what the table says) in FP16; a float network has no layer to choose."""
+    if tuple(names) == (BY_TABLE,):
+        target = target_by_name(config.target)
+        latency, _ = latency_model(
+            target,
+            tables=Path(config.table) if config.table else None,
+            require_measured=True,
+            allow_mismatch=config.allow_mismatch,
+        )
+        names = faster_in_half(kernels(run.network(), run.policy()), latency)
+    known = quantized.weights if quantized is not None else {}
+    for name in names:
+        if name not in known:
+            raise UnknownNameError("layer with integer weights", name, known)
+    return replace(quantized, half=quantized.half | set(names)) if quantized is not None else None
 
 
 class _Clock:
