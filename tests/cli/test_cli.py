@@ -268,6 +268,19 @@ def test_engine_without_tensorrt_is_exit_code_4(tiny_run, tmp_path, monkeypatch)
     refused(call("export", tiny_run, "--format", "onnx", "--engine"), 2, "--engine builds a TensorRT engine")
 
 
+def test_layers_that_run_in_fp16_are_named(tiny_run, tmp_path):
+    names = list(json.loads((tiny_run / "policy.json").read_text())["layers"])
+    out = ("--out", tmp_path)
+    called = call(
+        "export", tiny_run, "--format", "tensorrt", "--fp16-layers", f"{names[0]}, {names[-1]}", *out, "--json"
+    )
+    assert called.code == 0, called.err
+    assert json.loads(called.out)["checks"]["half_layers"] == 2
+    options = ("export", tiny_run, *out, "--fp16-layers")
+    refused(call(*options, names[0]), 2, "Layers in FP16 are for TensorRT files")
+    refused(call(*options, "nonsense", "--format", "tensorrt"), 2, "Unknown layer with integer weights 'nonsense'")
+
+
 def test_full_disk_is_one_sentence_and_leaves_the_old_artifact(tiny_run, tmp_path, monkeypatch):
     import errno
     import os
