@@ -191,9 +191,11 @@ def read_reference(path: str) -> "dict[str, Any]":
         return dict(limits, inputs=data["inputs"], outputs=data["outputs"])
 
 
-def fields(data: bytes) -> "Iterator[tuple[int, Any]]":
-    """Number and value of each field of a protobuf message; stops at what is none."""
-    position = 0
+def fields(message: Any) -> "Iterator[tuple[int, Any]]":
+    """Number and value (an integer or a view of bytes) of each field of a protobuf message; stops at what is none."""
+    if isinstance(message, int):
+        return
+    data, position = memoryview(message), 0
 
     def varint() -> int:
         nonlocal position
@@ -227,10 +229,31 @@ def properties(data: bytes) -> "dict[str, str]":
     """The metadata of an ONNX file (ModelProto field 14): an engine keeps none of it, engine.json does."""
     found = {}
     for number, value in fields(data):
-        if number == 14 and isinstance(value, bytes):
-            entry = dict(fields(value))
-            found[entry.get(1, b"").decode("utf-8", "replace")] = entry.get(2, b"").decode("utf-8", "replace")
+        if number == 14 and isinstance(value, memoryview):
+            entry = {part: bytes(text) for part, text in fields(value) if isinstance(text, memoryview)}
+            key, text = (entry.get(part, b"").decode("utf-8", "replace") for part in (1, 2))
+            found[key] = text
     return found
+
+
+def casts_to_half(data: bytes) -> bool:
+    """Whether an ONNX file has a Cast to FP16: graph (7), nodes (1), operator (4), attributes (5), an integer (3) of 10."""
+    for number, graph in fields(data):
+        for kind, node in fields(graph) if number == 7 else ():
+            parts = list(fields(node)) if kind == 1 else []
+            if (4, b"Cast") in parts and any((3, 10) in fields(value) for part, value in parts if part == 5):
+                return True
+    return False
+
+
+def holds_int4(data: bytes) -> bool:
+    """Whether an ONNX file has an initialiser (5) of its graph (7) whose type (2) is INT4 (22)."""
+    return any(
+        (2, 22) in fields(tensor)
+        for number, graph in fields(data)
+        for kind, tensor in (fields(graph) if number == 7 else ())
+        if kind == 5
+    )
 
 
 def compare(outputs: Any, expected: Any) -> "dict[str, Any]":
@@ -553,7 +576,15 @@ def build(args: argparse.Namespace, say: "Callable[[str], None]" = print) -> "di
     gpu, capability = cuda.device()
     sm = f"{capability[0]}.{capability[1]}"
     quantized = b"DequantizeLinear" in data  # operator names are plain text in an ONNX file
-    typed, flags = choose_flags((11, 0) if is_rtx else version_of(trt.__version__), capability, quantized, args)
+    version = (11, 0) if is_rtx else version_of(trt.__version__)
+    if version < (11,) and not args.strongly_typed and casts_to_half(data):
+        args.fp16 = True
+        say("The file keeps layers in FP16, so --fp16 is on.")
+    typed, flags = choose_flags(version, capability, quantized, args)
+    if holds_int4(data) and version < (11,):
+        if version < (10,):
+            raise Problem(f"TensorRT {trt.__version__} knows no INT4; 10 does. Export again with --max-opset 20.")
+        flags += [] if typed else ["INT4"]
     precisions = "+".join(flags) or ("precisions of the file" if typed else "FP32")
     product = "TensorRT-RTX" if is_rtx else "TensorRT"
     say(f"{product} {trt.__version__} on {gpu} ({sm}), {precisions}")

@@ -168,6 +168,25 @@ class FakeConfig:
         return self.cache
 
 
+def _add_enumerations(trt: Any, version: tuple[int, ...], rtx: bool) -> None:
+    if version >= (8, 4):
+        trt.MemoryPoolType = types.SimpleNamespace(WORKSPACE="workspace")
+    if version >= (8, 5):
+        trt.TensorIOMode = types.SimpleNamespace(INPUT="input")
+    trt.NetworkDefinitionCreationFlag = types.SimpleNamespace()
+    trt.BuilderFlag = types.SimpleNamespace(SPARSE_WEIGHTS="sparse")
+    if version < (11,):
+        trt.BuilderFlag = types.SimpleNamespace(INT8="int8", FP16="fp16", SPARSE_WEIGHTS="sparse")
+        trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH = 0
+    if (10,) <= version < (11,):
+        trt.BuilderFlag.INT4 = "int4"
+    if not rtx:
+        trt.BuilderFlag.GPU_FALLBACK = "fallback"
+        trt.DeviceType = types.SimpleNamespace(GPU="gpu", DLA="dla")
+    if version >= (10,):
+        trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED = 1
+
+
 def fake_tensorrt(
     text: str,
     *,
@@ -186,20 +205,7 @@ def fake_tensorrt(
     made = trt.made = new(network=None, config=FakeConfig(version, rtx), runtime=None)
     made.flags = made.config.flags
     typed = rtx or version >= (11,)
-    if version >= (8, 4):
-        trt.MemoryPoolType = new(WORKSPACE="workspace")
-    if version >= (8, 5):
-        trt.TensorIOMode = new(INPUT="input")
-    trt.NetworkDefinitionCreationFlag = new()
-    trt.BuilderFlag = new(SPARSE_WEIGHTS="sparse")
-    if version < (11,):
-        trt.BuilderFlag = new(INT8="int8", FP16="fp16", SPARSE_WEIGHTS="sparse")
-        trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH = 0
-    if not rtx:
-        trt.BuilderFlag.GPU_FALLBACK = "fallback"
-        trt.DeviceType = new(GPU="gpu", DLA="dla")
-    if version >= (10,):
-        trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED = 1
+    _add_enumerations(trt, version, rtx)
 
     def create_network(flags: int = 0) -> object:
         made.network = flags
@@ -211,7 +217,7 @@ def fake_tensorrt(
         return b"broken" not in data and bool(explicit)
 
     def build(network: object, config: FakeConfig) -> bytes | None:
-        mixed = (typed or made.network & 2) and {"int8", "fp16"}.intersection(config.flags)
+        mixed = (typed or made.network & 2) and {"int8", "fp16", "int4"}.intersection(config.flags)
         return None if mixed or (batch == -1 and not config.profiles) else plan
 
     def profile() -> Any:

@@ -239,8 +239,35 @@ def test_engine_json_keeps_what_the_engine_loses(folder: Path, monkeypatch: pyte
     assert record["engine_sha256"] == hashlib.sha256((folder / "model.engine").read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff", b"\x72\xff\xff", b"....", b"\x72\x02\x0a\x7f"])
+@pytest.mark.parametrize(
+    ("version", "to", "flags"),
+    [
+        ("10.3.0", "FLOAT16", ["fp16"]),
+        ("8.6.2", "FLOAT16", ["fp16"]),
+        ("10.3.0", "FLOAT", []),
+        ("11.4.1", "FLOAT16", []),
+    ],
+)
+def test_files_with_fp16_layers_switch_the_flag_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, version: str, to: str, flags: list[str]
+) -> None:
+    relu, cast = (
+        onnx.helper.make_node("Relu", ["x"], ["y"]),
+        onnx.helper.make_node("Cast", ["y"], ["z"], to=getattr(onnx.TensorProto, to)),
+    )
+    graph = onnx.helper.make_graph([relu, cast], "g", [], [])
+    (folder / "net.onnx").write_bytes(onnx.helper.make_model(graph).SerializeToString())
+    trt = fake_tensorrt(version)
+    monkeypatch.setitem(sys.modules, "tensorrt", trt)
+    assert run_main(folder) == 0
+    assert trt.made.flags == flags
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff", b"\x72\xff\xff", b"....", b"\x72\x02\x0a\x7f", b"\x72\x03\x08\xff\x7f", b"8\x7f"]
+)
 def test_properties_of_what_is_no_onnx(data: bytes) -> None:
+    assert not build_on_device.casts_to_half(data)
     assert set(build_on_device.properties(data)) <= {"", "\x7f"}
 
 
