@@ -318,7 +318,7 @@ def exactness(bench: Benchmark, rows: dict[tuple[str, str], dict[str, Any]]) -> 
 
 
 def accepted_by_tensorrt(bench: Benchmark, rows: dict[tuple[str, str], dict[str, Any]]) -> dict[str, str]:
-    """What TensorRT-RTX refused, by file and GPU generation."""
+    """What TensorRT-RTX refused, by file and GPU generation; a refusal fails the export, whose error names reason and mend."""
     trt = {key: row["checks"] for (key, name), row in rows.items() if name == "tensorrt" and "checks" in row}
     refused = {
         f"{key} {sm}": str(checks[f"tensorrt_rtx_{sm}"])
@@ -326,6 +326,7 @@ def accepted_by_tensorrt(bench: Benchmark, rows: dict[tuple[str, str], dict[str,
         for sm in ("SM86", "SM89")
         if checks.get(f"tensorrt_rtx_{sm}", "not tried") != "built"
     }
+    refused |= {key: row["error"] for (key, _), row in rows.items() if "TensorRT-RTX refuses" in row.get("error", "")}
     bench.at_most("TensorRT-RTX builds (SM86, SM89) that were refused", len(refused), 0, f"of {2 * len(trt)}")
     return refused
 

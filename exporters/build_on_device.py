@@ -529,11 +529,7 @@ def add_profile(builder: Any, network: Any, config: Any, args: argparse.Namespac
     entry = network.get_input(0)
     if -1 not in tuple(entry.shape):
         return
-    sizes = (
-        1 if args.dla_core is None else args.batch,
-        args.batch,
-        args.max_batch if args.dla_core is None else args.batch,
-    )
+    sizes = (1, args.batch, args.max_batch) if args.dla_core is None else (args.batch,) * 3
     profile = builder.create_optimization_profile()
     profile.set_shape(entry.name, *[tuple(size if free == -1 else free for free in entry.shape) for size in sizes])
     config.add_optimization_profile(profile)
@@ -561,9 +557,25 @@ def load_engine(trt: Any, plan: bytes, dla_core: "int | None" = None) -> Any:
     return runtime.deserialize_cuda_engine(plan)
 
 
+def choose_for_file(
+    version: "tuple[int, ...]", capability: "tuple[int, ...]", data: bytes, args: argparse.Namespace
+) -> "tuple[bool, list[str]]":
+    """`choose_flags` for an ONNX file, with what its FP16 layers and INT4 weights need of a weakly typed network."""
+    if version < (11,) and not args.strongly_typed and casts_to_half(data):
+        args.fp16 = True
+    # Operator names are plain text in an ONNX file.
+    typed, flags = choose_flags(version, capability, b"DequantizeLinear" in data, args)
+    if version < (11,) and holds_int4(data):
+        if version < (10,):
+            raise Problem(f"TensorRT {version[0]} knows no INT4; 10 does. Export again with --max-opset 20.")
+        flags += [] if typed else ["INT4"]
+    return typed, flags
+
+
 def build(args: argparse.Namespace, say: "Callable[[str], None]" = print) -> "dict[str, Any]":
     """Build, check, time, write; returns what engine.json holds."""
     trt, is_rtx = load_tensorrt()
+    product = "TensorRT-RTX" if is_rtx else "TensorRT"
     path = find_onnx(args.onnx, os.path.dirname(os.path.abspath(__file__)))
     folder = args.out or os.path.dirname(os.path.abspath(path))
     args.timing_cache = args.timing_cache or os.path.join(folder, "timing.cache")
@@ -575,46 +587,25 @@ def build(args: argparse.Namespace, say: "Callable[[str], None]" = print) -> "di
     cuda = Cuda()
     gpu, capability = cuda.device()
     sm = f"{capability[0]}.{capability[1]}"
-    quantized = b"DequantizeLinear" in data  # operator names are plain text in an ONNX file
-    version = (11, 0) if is_rtx else version_of(trt.__version__)
-    if version < (11,) and not args.strongly_typed and casts_to_half(data):
-        args.fp16 = True
-        say("The file keeps layers in FP16, so --fp16 is on.")
-    typed, flags = choose_flags(version, capability, quantized, args)
-    if holds_int4(data) and version < (11,):
-        if version < (10,):
-            raise Problem(f"TensorRT {trt.__version__} knows no INT4; 10 does. Export again with --max-opset 20.")
-        flags += [] if typed else ["INT4"]
+    version = (11, 0) if is_rtx else version_of(trt.__version__)  # TensorRT-RTX never had weak types
+    typed, flags = choose_for_file(version, capability, data, args)
     precisions = "+".join(flags) or ("precisions of the file" if typed else "FP32")
-    product = "TensorRT-RTX" if is_rtx else "TensorRT"
     say(f"{product} {trt.__version__} on {gpu} ({sm}), {precisions}")
     if "FP16" not in flags and not typed:
         say("Float layers run in FP32. --fp16 is usually faster.")
     start = time.time()
     plan = build_plan(trt, data, typed, flags, args)
-    build_s = time.time() - start
+    record = {
+        "schema_version": 1, "product": product, "tensorrt": trt.__version__, "gpu": gpu, "compute_capability": sm,
+        "dla_core": args.dla_core, "onnx": os.path.basename(path), "onnx_sha256": hashlib.sha256(data).hexdigest(),
+        "engine_sha256": hashlib.sha256(plan).hexdigest(), "size_bytes": len(plan), "strongly_typed": typed,
+        "builder_flags": flags, "build_s": time.time() - start, "metadata": properties(data), "power": power_state(),
+    }  # type: dict[str, Any]  # fmt: skip
     engine = load_engine(trt, plan, args.dla_core)
     if engine is None:
         raise Problem("The engine was built but cannot be loaded; the reason stands above.")
     information = inspected(trt, engine)
-    layers = layer_precisions(information)
-    for layer in layers:
-        say("  {precision:16s} {type:20s} {name}".format(**layer))
-    session = Session(trt, engine, cuda, args.batch)
-    memory = getattr(engine, "device_memory_size_v2", None) or getattr(engine, "device_memory_size", None)
-    record = {
-        "schema_version": 1, "product": product, "tensorrt": trt.__version__, "gpu": gpu, "compute_capability": sm,
-        "dla_core": args.dla_core, "onnx": os.path.basename(path), "onnx_sha256": hashlib.sha256(data).hexdigest(),
-        "engine_sha256": hashlib.sha256(plan).hexdigest(), "size_bytes": len(plan), "device_memory_bytes": memory,
-        "strongly_typed": typed, "builder_flags": flags, "build_s": build_s, "batch": session.shape[0],
-        "metadata": properties(data), "precisions": dict(collections.Counter(row["precision"] for row in layers)),
-        "layers": layers, "check": None, "power": power_state(),
-    }  # type: dict[str, Any]  # fmt: skip
-    if reference is not None:
-        record["check"] = compare(session.run(reference["inputs"]), reference["outputs"])
-        require_right(record["check"], reference, args, say)
-    record["latency"] = latency = measure(session, args.seconds)
-    say("median {median_us:.1f} us, p90 {p90_us:.1f}, p99 {p99_us:.1f} on the GPU".format(**latency["gpu"]))
+    record.update(examined(trt, engine, information, reference, cuda, args, say))
     if record["power"]["gpu_clock_locked"] is False:
         say("The GPU clock is not locked: for repeatable times run sudo jetson_clocks first.")
     text = (json.dumps(record, indent=1) + "\n").encode()
@@ -624,8 +615,29 @@ def build(args: argparse.Namespace, say: "Callable[[str], None]" = print) -> "di
         return record
     write(os.path.join(folder, "layers.json"), information.encode())
     write(os.path.join(folder, "model.engine"), plan)
-    write(os.path.join(folder, "engine.json"), text)
+    write(os.path.join(folder, "engine.json"), text)  # last: it vouches for the engine
     return record
+
+
+def examined(
+    trt: Any, engine: Any, information: str, reference: "dict[str, Any] | None", cuda: Cuda,
+    args: argparse.Namespace, say: "Callable[[str], None]",
+) -> "dict[str, Any]":  # fmt: skip
+    """What an engine shows of itself: precision per layer, memory, distance to the reference, latency."""
+    layers = layer_precisions(information)
+    for layer in layers:
+        say("  {precision:16s} {type:20s} {name}".format(**layer))
+    session, check = Session(trt, engine, cuda, args.batch), None
+    if reference is not None:
+        check = compare(session.run(reference["inputs"]), reference["outputs"])
+        require_right(check, reference, args, say)
+    latency = measure(session, args.seconds)
+    say("median {median_us:.1f} us, p90 {p90_us:.1f}, p99 {p99_us:.1f} on the GPU".format(**latency["gpu"]))
+    memory = getattr(engine, "device_memory_size_v2", None) or getattr(engine, "device_memory_size", None)
+    return {
+        "batch": session.shape[0], "device_memory_bytes": memory, "check": check, "latency": latency,
+        "precisions": dict(collections.Counter(row["precision"] for row in layers)), "layers": layers,
+    }  # fmt: skip
 
 
 def require_right(
