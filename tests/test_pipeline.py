@@ -58,7 +58,7 @@ def test_nothing_in_a_run_is_a_pickle(tiny_run):
             )
             assert path.read_bytes()[:2] not in (b"\x80\x02", b"\x80\x04", b"\x80\x05")
     with np.load(tiny_run / "exports/tensorrt/reference.npz", allow_pickle=False) as file:
-        assert set(file.files) == {"inputs", "outputs"}
+        assert set(file.files) == {"inputs", "outputs", "max_error", "min_agreement"}
 
 
 def test_goals_are_judged_by_the_files_and_hold(tiny_run):
