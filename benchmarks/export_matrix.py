@@ -208,6 +208,8 @@ def timings(folder: Path, size: int, policy: str, seconds: float) -> dict[str, A
         "openvino": lambda: OpenVinoRunner(folder / "model.openvino.onnx"),
     }
     wanted = list(loads) if policy == "w8a8" else ["float", "fast"]
+    if not (folder / "model.openvino.onnx").exists():
+        wanted = [key for key in wanted if key != "openvino"]
     image = images(1, size, 3).numpy()
     times: dict[str, list[tuple[float, float]]] = {key: [] for key in wanted}
     for _ in range(2):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     "format_name",
     default="onnxruntime",
     show_default=True,
-    help="onnx, onnxruntime, onnxruntime-optimised, ort, openvino or tensorrt.",
+    help="onnx, onnxruntime, onnxruntime-optimised, ort, openvino, tensorrt, executorch or ncnn.",
 )
 @click.option(
     "--input",
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 @click.option(
     "--saturating-cpu", is_flag=True, help="Weights of at most 7 bits: exact and fast on x86 without VNNI (AVX2 only)."
 )
+@click.option("--allow-float", is_flag=True, help="executorch: write floats where XNNPACK does not take every layer.")
 @click.option("--strip-metadata", is_flag=True, help="Short names and no metadata: the smallest file.")
 @click.option(
     "--fp16-layers",
@@ -67,6 +68,7 @@ def command(
     batch: str | None,
     max_opset: int | None,
     saturating_cpu: bool,
+    allow_float: bool,
     strip_metadata: bool,
     fp16_layers: str,
     out: Path | None,
@@ -100,6 +102,7 @@ def command(
         max_opset=max_opset,
         bare=strip_metadata,
         saturating_cpu=saturating_cpu,
+        allow_float=allow_float,
     )
     half = tuple(filter(None, (name.strip() for name in fp16_layers.split(","))))
     artifact = export_run(run, format_name, check=verify, interface=interface, half=half, out=out)

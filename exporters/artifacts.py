@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgecompress.errors import BadFileError, UnknownNameError
 from edgecompress.exporters.interface import PROPERTY
 from edgecompress.exporters.runners import OnnxRuntimeRunner, OpenVinoRunner, Runner
 from edgecompress.exporters.saturation import SATURATION
+from edgecompress.files import read_json
 from edgecompress.spec import Preprocessing
 
 if TYPE_CHECKING:
@@ -60,7 +61,9 @@ def open_artifact(path: Path, *, threads: int = 1, runtime: str = "") -> Opened:
     if SUFFIXES[path.suffix] != name:
         raise BadFileError(f"{name} does not read {path.suffix} files; leave --runtime out.")
     runner = RUNTIMES[name](path, threads, True)
-    said = getattr(runner, "metadata", {})
+    said = dict(getattr(runner, "metadata", {}))
+    if "preprocessing" in (record := _recorded(path)):
+        said.setdefault(PREPROCESS, json.dumps(record["preprocessing"]))
     return Opened(runner, _takes_pixels(said), _prepared(said))
 
 
@@ -70,6 +73,33 @@ def _onnx_runtime(path: Path, threads: int, optimise: bool) -> Runner:
 
 def _openvino(path: Path, threads: int, optimise: bool) -> Runner:
     return OpenVinoRunner(path, threads=threads)
+
+
+def _ncnn(path: Path, threads: int, optimise: bool) -> Runner:
+    from edgecompress.exporters.more_runners import NcnnRunner
+
+    sizes = next(iter(_recorded(path).get("inputs", {}).values()), [1, 0, 0, 0])
+    return NcnnRunner(path, threads=threads, shape=tuple(int(size) for size in sizes[1:]))
+
+
+def _executorch(path: Path, threads: int, optimise: bool) -> Runner:
+    from edgecompress.exporters.more_runners import ExecuTorchRunner
+
+    return ExecuTorchRunner(path)
+
+
+def _litert(path: Path, threads: int, optimise: bool) -> Runner:
+    from edgecompress.exporters.more_runners import LiteRtRunner
+
+    return LiteRtRunner(path, threads=threads)
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """What ``export.json`` beside the file says of it: formats without properties of their own keep them there."""
+    record = path.with_name("export.json")
+    known: Mapping[str, Any] = read_json(record, "export record") if record.is_file() else {}
+    found = (entry for entry in known.values() if isinstance(entry, dict) and entry.get("path") == path.name)
+    return next(found, {})
 
 
 def _tensorrt(path: Path, threads: int, optimise: bool) -> Runner:
@@ -84,8 +114,14 @@ RUNTIMES: dict[str, Callable[[Path, int, bool], Runner]] = {
     "onnxruntime": _onnx_runtime,
     "openvino": _openvino,
     "tensorrt": _tensorrt,
+    "ncnn": _ncnn,
+    "executorch": _executorch,
+    "litert": _litert,
 }
-SUFFIXES = {".onnx": "onnxruntime", ".ort": "onnxruntime", ".xml": "openvino", ".engine": "tensorrt"}
+SUFFIXES = {
+    ".onnx": "onnxruntime", ".ort": "onnxruntime", ".xml": "openvino", ".engine": "tensorrt", ".param": "ncnn",
+    ".pte": "executorch", ".tflite": "litert",
+}  # fmt: skip
 
 
 def _takes_pixels(said: Mapping[str, str]) -> bool:

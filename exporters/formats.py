@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from edgecompress.errors import GoalMissedError, UnknownNameError, UsageError
 from edgecompress.exporters import verify
+from edgecompress.exporters.emulate import emulate
 from edgecompress.exporters.interface import PLAIN, Interface, adapt, on_pixel_grid, signature
 from edgecompress.exporters.memory import planned_activation_bytes
 from edgecompress.exporters.onnx_writing import (
@@ -35,7 +37,7 @@ from edgecompress.exporters.to_onnx import float_model
 from edgecompress.exporters.to_onnxruntime import integer_model
 from edgecompress.files import file_sha256, read_json, sha256, write_bytes, write_text, written_whole
 from edgecompress.graph import Graph
-from edgecompress.quantize import QuantizedGraph
+from edgecompress.quantize import QuantizedGraph, TensorRange
 from edgecompress.spec import Artifact, CompressionPolicy, Network, Preprocessing, Target
 from edgecompress.tasks import CLASSIFICATION, Task
 
@@ -167,6 +169,73 @@ def _optimised(source: ExportSource, model: bytes, check: bool, *, name: str) ->
     return Converted({name: data}, checks, f"ONNX Runtime {onnxruntime.__version__}")
 
 
+def _write_plain(source: ExportSource) -> onnx.ModelProto:
+    """The float file of one image that another format is made from."""
+    if not source.interface.is_plain or source.interface.batch not in (None, 1):
+        raise UsageError(
+            "The formats ncnn and executorch take one normalised float NCHW image and answer scores. Leave --input, --layout, "
+            "--fold-normalisation, --head and --batch out."
+        )
+    return float_model(source.graph, opset=BASE_OPSET, batch=1, metadata=source.metadata)
+
+
+def _ncnn(source: ExportSource, model: bytes, check: bool) -> Converted:
+    from edgecompress.exporters import to_ncnn
+    from edgecompress.exporters.more_runners import NcnnRunner
+
+    files = to_ncnn.convert(model, source.graph.shapes[source.graph.inputs[0]])
+    checks = verify.Checks()
+    if check:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            runner = NcnnRunner(Path(folder) / to_ncnn.PARAM)
+            found = run_all(runner, source.images)
+        wanted = run_all(OnnxRuntimeRunner(model), source.images)
+        error = verify.relative_error(found.reshape(wanted.shape), wanted)
+        checks.require(error < 1e-3, "ncnn_error", error, f"ncnn's outputs differ by {error:.2%} from ONNX Runtime's")
+    return Converted(files, checks, f"ncnn {version('ncnn')}")
+
+
+def _executorch(source: ExportSource, model: bytes, check: bool) -> Converted:
+    from edgecompress.exporters import to_executorch
+    from edgecompress.exporters.more_runners import ExecuTorchRunner
+
+    image, checks = torch.from_numpy(source.images[:1]), verify.Checks()
+    wanted = run_all(OnnxRuntimeRunner(model), source.images)
+    limit, data = 1e-3, b""
+    left: list[str] = []
+    if source.quantized is not None:
+        with torch.no_grad():
+            wanted = emulate(source.quantized, torch.from_numpy(source.images)).numpy()
+        scores = TensorRange(max(float(np.abs(wanted).max()), 1e-6) / 127, 8, True)
+        try:
+            data, left = to_executorch.program(to_executorch.IntegerNetwork(source.quantized, scores), image)
+        except UsageError as error:
+            if not source.interface.allow_float:
+                raise UsageError(f"{error} Export with --allow-float for a float program.") from error
+        if left and not source.interface.allow_float:
+            raise UsageError(
+                f"XNNPACK does not take {', '.join(left)} of the integer network. Export with --allow-float for a float program."
+            )
+        limit = 0.1
+    checks.values["integers"] = bool(data) and not left
+    if not checks.values["integers"]:
+        data, left = to_executorch.program(to_executorch.FloatNetwork(source.graph), image)
+        wanted, limit = run_all(OnnxRuntimeRunner(model), source.images), 1e-3
+        checks.values["left_to_portable_kernels"] = ", ".join(left) or "nothing"
+    if check:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.pte"
+            path.write_bytes(data)
+            found = checks.outputs = run_all(ExecuTorchRunner(path), source.images)
+        off = verify.relative_error(found, wanted)
+        same = verify.agreement(found, wanted, class_scores=source.task.class_scores)
+        checks.require(off < limit, "executorch_error", off, f"ExecuTorch's outputs differ by {off:.1%}")
+        checks.require(same >= 0.9, "executorch_agreement", same, f"only {same:.1%} of ExecuTorch's answers are right")
+    return Converted({"model.pte": data}, checks, f"ExecuTorch {version('executorch')}")
+
+
 def _write_openvino(source: ExportSource) -> onnx.ModelProto:
     """The ``ort`` dialect with weights as int8 or INT4: OpenVINO knows no INT2, and runs unpacked weights in float."""
     return integer_model(
@@ -223,6 +292,8 @@ EXPORTERS: dict[str, Exporter] = {
     "onnxruntime-optimised": Exporter(
         "ort", "model.optimised.onnx", _write_ort, _check_ort, convert=partial(_optimised, name="model.optimised.onnx")
     ),
+    "ncnn": Exporter("float", "model.ncnn.param", _write_plain, _check_onnx, convert=_ncnn),
+    "executorch": Exporter("xnnpack", "model.pte", _write_plain, _check_onnx, convert=_executorch),
     "openvino": Exporter("ort", "model.openvino.onnx", _write_openvino, _check_openvino),
     "tensorrt": Exporter("trt", "tensorrt/model.onnx", _write_trt, _check_trt, _files_for_the_device),
 }

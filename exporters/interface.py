@@ -31,6 +31,7 @@ class Interface:
 
     ``pixels``: the file takes 0 to 255 and normalises itself (always with ``uint8``). ``batch`` 0 is a free batch; None is
     what suits the format. ``bare``: short names, no metadata. ``saturating_cpu``: weights of at most 7 bits, see `saturation`.
+    ``allow_float``: what a runtime cannot take as integers may be float.
     """
 
     input: InputType = "float32"
@@ -41,6 +42,7 @@ class Interface:
     max_opset: int | None = None
     bare: bool = False
     saturating_cpu: bool = False
+    allow_float: bool = False
 
     def __post_init__(self) -> None:
         for value, kind, what in (

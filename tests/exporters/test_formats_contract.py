@@ -34,8 +34,13 @@ from edgecompress.trace import trace
 
 SHAPE = (3, 16, 16)
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
-NAMES = [pytest.param(name, marks=needs_openvino) if name == "openvino" else name for name in EXPORTERS]
-HERE = tuple(name for name in EXPORTERS if name != "openvino" or find_spec("openvino"))
+OWN_RUNTIME = ("ncnn", "executorch")  # see test_more_runtimes.py
+NAMES = [
+    pytest.param(name, marks=needs_openvino) if name == "openvino" else name
+    for name in EXPORTERS
+    if name not in OWN_RUNTIME
+]
+HERE = tuple(name for name in EXPORTERS if name not in OWN_RUNTIME and (name != "openvino" or find_spec("openvino")))
 
 
 def make_source(name: str, target: str = "jetson") -> ExportSource:

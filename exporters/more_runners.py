@@ -1,0 +1,136 @@
+"""Files of ncnn, ExecuTorch and LiteRT in their own runtimes; each is imported where it is used."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgecompress.errors import BadFileError, MissingBackendError
+from edgecompress.exporters.runners import Floats, Images
+
+_NCNN_MAGIC = "7767517"
+
+
+def missing(package: str, extra: str) -> MissingBackendError:
+    """The error where a runtime is not installed."""
+    return MissingBackendError(f"{package} is not installed. Run: pip install 'edgecompress[{extra}]'")
+
+
+class NcnnRunner:
+    """``NAME.param`` with ``NAME.bin`` beside it, in 32-bit floats; one image after the other.
+
+    Args:
+        shape: of one image; the file does not know it.
+
+    Raises:
+        MissingBackendError: ncnn is not installed. BadFileError: a file is missing or is none of ncnn's.
+    """
+
+    batch, dtype = 0, np.dtype(np.float32)
+
+    def __init__(self, path: Path, *, threads: int = 1, shape: tuple[int, ...] = (0, 0, 0)) -> None:
+        try:
+            import ncnn
+        except ImportError as error:
+            raise missing("ncnn", "ncnn") from error
+        weights = path.with_suffix(".bin")
+        with path.open("rb") as file:
+            first = file.readline(64).strip()
+        if first.decode("ascii", "replace") != _NCNN_MAGIC or not weights.is_file():
+            raise BadFileError(f"{path} is no text .param of ncnn with {weights.name} beside it. Export it again.")
+        self._ncnn, self._net = ncnn, ncnn.Net()
+        options = self._net.opt
+        options.num_threads = threads
+        options.use_fp16_packed = options.use_fp16_storage = options.use_fp16_arithmetic = False
+        options.use_bf16_storage = options.use_packing_layout = False
+        if self._net.load_param(str(path)) or self._net.load_model(str(weights)):
+            raise BadFileError(f"ncnn refuses {path} or {weights.name}: they are damaged. Export it again.")
+        if len(self._net.input_names()) != 1 or len(self._net.output_names()) != 1:
+            raise BadFileError(f"{path} has {len(self._net.input_names())} inputs; expected one of images.")
+        self.shape = shape
+        self.runtime = f"ncnn {version('ncnn')}"
+
+    def run(self, images: Images) -> Floats:
+        """Outputs for a batch."""
+        return np.stack([self._one(np.ascontiguousarray(image, np.float32)) for image in images])
+
+    def _one(self, image: NDArray[np.float32]) -> Floats:
+        extractor = self._net.create_extractor()
+        extractor.input(self._net.input_names()[0], self._ncnn.Mat(image).clone())
+        status, result = extractor.extract(self._net.output_names()[0])
+        if status:
+            raise BadFileError(f"ncnn cannot run the file on an image of shape {list(image.shape)}.")
+        return np.array(result)
+
+
+class ExecuTorchRunner:
+    """A ``.pte`` program on ExecuTorch's own thread pool.
+
+    Raises:
+        MissingBackendError: ExecuTorch is not installed. BadFileError: it refuses the file.
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, path: Path) -> None:
+        import torch
+
+        try:
+            from executorch.runtime import Runtime
+        except ImportError as error:
+            raise missing("ExecuTorch", "executorch") from error
+        try:
+            self._program = Runtime.get().load_program(path.read_bytes())
+            self._method: Any = self._program.load_method("forward")
+            meta = self._method.metadata.input_tensor_meta(0)
+        except Exception as error:
+            raise BadFileError(f"ExecuTorch {version('executorch')} refuses {path}: {error}") from error
+        self._torch = torch
+        sizes = tuple(int(size) for size in meta.sizes())
+        self.batch, self.shape = sizes[0], sizes[1:]
+        self.runtime = f"ExecuTorch {version('executorch')}"
+
+    def run(self, images: Images) -> Floats:
+        """Outputs for a batch of the file's own size."""
+        result: Floats = self._method.execute([self._torch.from_numpy(np.ascontiguousarray(images))])[0].numpy().copy()
+        return result
+
+
+class LiteRtRunner:
+    """A ``.tflite`` file of float or uint8 images.
+
+    Raises:
+        MissingBackendError: LiteRT is not installed. BadFileError: it refuses the file.
+    """
+
+    def __init__(self, path: Path, *, threads: int = 1) -> None:
+        try:
+            from ai_edge_litert.interpreter import Interpreter
+        except ImportError as error:
+            raise missing("LiteRT", "litert") from error
+        try:
+            self._interpreter: Any = Interpreter(model_path=str(path), num_threads=threads)
+            self._interpreter.allocate_tensors()
+        except Exception as error:
+            raise BadFileError(f"LiteRT {version('ai-edge-litert')} refuses {path}: {error}") from error
+        entries, results = self._interpreter.get_input_details(), self._interpreter.get_output_details()
+        self._entry, self._result = entries[0], results[0]
+        self.dtype: np.dtype[Any] = np.dtype(self._entry["dtype"])
+        if len(entries) != 1 or self.dtype not in (np.dtype(np.float32), np.dtype(np.uint8)):
+            raise BadFileError(
+                f"{path} takes {len(entries)} inputs, the first of {self.dtype}; expected one of float or uint8."
+            )
+        sizes = tuple(int(size) for size in self._entry["shape"])
+        self.batch, self.shape = sizes[0], sizes[1:]
+        self.runtime = f"LiteRT {version('ai-edge-litert')}"
+
+    def run(self, images: Images) -> Floats:
+        """Outputs for a batch of the file's own size."""
+        self._interpreter.set_tensor(self._entry["index"], np.ascontiguousarray(images))
+        self._interpreter.invoke()
+        result: Floats = self._interpreter.get_tensor(self._result["index"]).copy()
+        return result

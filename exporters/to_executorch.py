@@ -1,0 +1,134 @@
+"""A ``.pte`` program for ExecuTorch's XNNPACK: integers with the network's own steps, or floats.
+
+XNNPACK computes in s8 with zero points: a u8 value with zero point 0 has -128, one with 128 has 0. Weights lie as int8
+whatever their bits; fewer activation bits are a clamp that the kernel before absorbs. It takes a layer as integers only
+with an integer result, so that the scores have 8 bits here, on the range seen on the images of the proof.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgecompress.errors import UsageError
+from edgecompress.exporters.more_runners import missing
+from edgecompress.graph import Graph, quiet
+from edgecompress.interpret import float_constants, run
+from edgecompress.quantize import QuantizedGraph, TensorRange, find_points
+
+
+class FloatNetwork(nn.Module):
+    """The graph as a module."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self._graph, self._names = graph, {}
+        for number, (name, value) in enumerate(float_constants(graph).items()):
+            self.register_buffer(f"constant{number}", value)
+            self._names[name] = f"constant{number}"
+
+    def constants(self) -> dict[str, Tensor]:
+        """Every constant by its name in the graph."""
+        return {name: getattr(self, key) for name, key in self._names.items()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run(self._graph, x, self.constants())
+
+
+class IntegerNetwork(FloatNetwork):
+    """The graph with the quantise and dequantise operators that XNNPACK fuses.
+
+    Args:
+        scores: the range of the output, where the network leaves it float.
+    """
+
+    def __init__(self, quantized: QuantizedGraph, scores: TensorRange) -> None:
+        tensors = {quantized.graph.outputs[0]: scores} | dict(quantized.tensors)
+        super().__init__(_clamps_alone(quantized.graph, tensors))
+        import torch.ao.quantization.fx._decomposed
+
+        self._tensors, self._owner = tensors, find_points(quantized.graph).owner
+        self._layers: dict[str, int] = {}
+        inputs = {layer.name: layer.inputs[1] for layer in quantized.graph.layers}
+        for number, (name, weight) in enumerate(quantized.weights.items()):
+            self.register_buffer(f"values{number}", torch.from_numpy(weight.values.copy()))
+            self.register_buffer(f"scale{number}", torch.from_numpy(weight.scale.copy()))
+            self.register_buffer(f"zero{number}", torch.zeros(len(weight.scale), dtype=torch.int64))
+            self._layers[inputs[name]] = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        operators = torch.ops.quantized_decomposed
+        constants = self.constants()
+        for name, number in self._layers.items():
+            values, scale, zero = (getattr(self, f"{kind}{number}") for kind in ("values", "scale", "zero"))
+            constants[name] = operators.dequantize_per_channel(values, scale, zero, 0, -127, 127, torch.int8)
+
+        def on_grid(name: str, value: Tensor) -> Tensor:
+            how = self._tensors.get(name)
+            if how is None:
+                return value
+            low, high = how.limits
+            if how.bits < 8 and self._owner.get(name, name) == name:
+                value = F.hardtanh(value, low * how.scale, high * how.scale)
+            grid = (how.scale, 0 if how.signed else -128, -128, 127, torch.int8)
+            result: Tensor = operators.dequantize_per_tensor(operators.quantize_per_tensor(value, *grid), *grid)
+            return result
+
+        return run(self._graph, x, constants, on_grid)
+
+
+def _clamps_alone(graph: Graph, tensors: Mapping[str, TensorRange]) -> Graph:
+    """Without activations that a clamp of fewer bits includes: XNNPACK fuses one of the two."""
+    nodes = tuple(
+        replace(node, op="Identity", inputs=node.inputs[:1], attributes={})
+        if node.op in ("Relu", "Clip") and (how := tensors.get(node.outputs[0])) and how.bits < 8 and not how.signed
+        else node
+        for node in graph.nodes
+    )
+    return replace(graph, nodes=nodes)
+
+
+def program(network: nn.Module, image: Tensor) -> tuple[bytes, list[str]]:
+    """The serialised program for inputs of the shape of ``image``, and operators that XNNPACK left to portable kernels.
+
+    Raises:
+        MissingBackendError: ExecuTorch is not installed. UsageError: it cannot lower the network.
+    """
+    try:
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+    except ImportError as error:
+        raise missing("ExecuTorch", "executorch") from error
+    with quiet(), warnings.catch_warnings(), _no_log():
+        warnings.simplefilter("ignore")
+        try:
+            lowered = to_edge_transform_and_lower(
+                torch.export.export(network.eval(), (image,)), partitioner=[XnnpackPartitioner()]
+            )
+            calls = [node for node in lowered.exported_program().graph.nodes if node.op == "call_function"]
+            left = sorted(
+                {str(node.target) for node in calls} - {"executorch_call_delegate", "<built-in function getitem>"}
+            )
+            return bytes(lowered.to_executorch().buffer), left
+        except Exception as error:
+            why = str(error).strip().splitlines()
+            raise UsageError(
+                f"ExecuTorch cannot lower the network as it is: {why[0] if why else type(error).__name__}."
+            ) from error
+
+
+@contextlib.contextmanager
+def _no_log():  # type: ignore[no-untyped-def]
+    """The partitioner logs every operator that it leaves."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

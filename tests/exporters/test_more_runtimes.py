@@ -1,0 +1,92 @@
+"""Files for ncnn and ExecuTorch: written, proven in their own runtime, and opened by `eval`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+from sample_networks import patterns
+from test_formats_contract import files, make_source
+
+from edgecompress.errors import BadFileError, MissingBackendError, UsageError
+from edgecompress.evaluation import evaluate_artifact
+from edgecompress.exporters.artifacts import open_artifact
+from edgecompress.exporters.formats import export
+from edgecompress.exporters.interface import Interface
+from edgecompress.exporters.runners import OnnxRuntimeRunner, measure_latency_us
+
+needs_ncnn = pytest.mark.skipif(not (find_spec("ncnn") and find_spec("pnnx")), reason="ncnn or pnnx is not installed")
+needs_executorch = pytest.mark.skipif(find_spec("executorch") is None, reason="executorch is not installed")
+
+
+@needs_ncnn
+def test_ncnn_file_answers_as_the_float_network_and_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setitem(measure_latency_us.__kwdefaults__, "seconds", 0.02)
+    monkeypatch.setitem(measure_latency_us.__kwdefaults__, "warmup_s", 0.0)
+    source = make_source("residual")
+    artifact = export(source, "ncnn", tmp_path)
+    assert artifact.checks["ncnn_error"] < 1e-3 and artifact.oldest_runtime.startswith("ncnn ")
+    assert files(tmp_path) == ["export.json", "model.ncnn.bin", "model.ncnn.param"]
+    assert artifact.size_bytes == sum((tmp_path / f"model.ncnn.{kind}").stat().st_size for kind in ("bin", "param"))
+    export(source, "onnx", tmp_path)
+    opened = open_artifact(tmp_path / "model.ncnn.param")
+    assert opened.runner.shape == (3, 16, 16) and opened.preprocessing == source.preprocessing
+    wanted = OnnxRuntimeRunner(tmp_path / "model.onnx").run(source.images)
+    np.testing.assert_allclose(opened.runner.run(source.images), wanted, atol=1e-4 * np.abs(wanted).max())
+    found, _ = evaluate_artifact(tmp_path / "model.ncnn.param", patterns())
+    assert found.runtime.startswith("ncnn") and found.median_us > 0 and found.run_peak_bytes is None
+
+
+@needs_ncnn
+def test_damaged_ncnn_files_are_refused(tmp_path):
+    for content in (b"", b"\xff\xfe\n", b"1234\n2 2\n"):
+        (tmp_path / "x.param").write_bytes(content)
+        (tmp_path / "x.bin").write_bytes(b"")
+        with pytest.raises(BadFileError, match=r"x\.param is no text \.param"):
+            open_artifact(tmp_path / "x.param")
+    (tmp_path / "x.param").write_text("7767517\n2 2\nInput in0 0 1 in0\n")
+    (tmp_path / "x.bin").unlink()
+    with pytest.raises(BadFileError, match=r"with x\.bin beside it"):
+        open_artifact(tmp_path / "x.param")
+
+
+@pytest.mark.parametrize("name", ["ncnn", "executorch"])
+def test_front_and_head_are_refused_before_any_work(name, tmp_path):
+    source = replace(make_source("flat"), interface=Interface(input="uint8"))
+    with pytest.raises(UsageError, match="Leave --input"):
+        export(source, name, tmp_path)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("suffix", "module", "extra"),
+    [
+        (".param", "ncnn", "ncnn"),
+        (".pte", "executorch.runtime", "executorch"),
+        (".tflite", "ai_edge_litert.interpreter", "litert"),
+    ],
+)
+def test_missing_runtime_says_what_to_install(suffix, module, extra, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, module, None)
+    (tmp_path / f"x{suffix}").write_bytes(b"7767517\n")
+    with pytest.raises(MissingBackendError, match=rf"edgecompress\[{extra}\]"):
+        open_artifact(tmp_path / f"x{suffix}")
+
+
+@needs_executorch
+@pytest.mark.slow
+def test_executorch_program_computes_integers_or_says_why_not(tmp_path):
+    artifact = export(make_source("residual"), "executorch", tmp_path)
+    assert artifact.checks["integers"] is True and artifact.checks["executorch_error"] < 0.1
+    opened = open_artifact(tmp_path / "model.pte")
+    assert opened.runner.shape == (3, 16, 16) and opened.runner.batch == 1
+    gated = make_source("gated")
+    with pytest.raises(UsageError, match="--allow-float"):
+        export(gated, "executorch", tmp_path / "gated")
+    allowed = replace(gated, interface=Interface(allow_float=True))
+    assert export(allowed, "executorch", tmp_path / "gated").checks["integers"] is False
+    (tmp_path / "x.pte").write_bytes(b"no program")
+    with pytest.raises(BadFileError, match="refuses"):
+        open_artifact(tmp_path / "x.pte")
