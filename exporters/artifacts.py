@@ -53,6 +53,10 @@ def open_artifact(path: Path, *, threads: int = 1, runtime: str = "") -> Opened:
     if path.suffix == ".onnx":
         model = _checked_onnx(path)
         said = {entry.key: entry.value for entry in model.metadata_props}
+        if name == "openvino" and _is_packed(model):
+            raise BadFileError(
+                f"{path.name} holds weights below 8 bits in a form that OpenVINO does not unpack rightly. Export --format openvino."
+            )
         as_written = name == "onnxruntime" and is_trt_dialect(model)
         if name == "onnxruntime" and said.get(f"edgecompress.{SATURATION}") == "none":
             runner: Runner = OnnxRuntimeRunner(path, threads=threads, precise=False)
@@ -157,6 +161,14 @@ def _checked_onnx(path: Path) -> onnx.ModelProto:
                     f"{path} wants to read {entry.value}, which lies outside its folder. Do not trust it; export it again."
                 )
     return model
+
+
+def _is_packed(model: onnx.ModelProto) -> bool:
+    """Whether weights are unpacked by arithmetic, see `packing`."""
+    import onnx
+
+    kinds = (onnx.TensorProto.UINT4, onnx.TensorProto.UINT2, onnx.TensorProto.INT2)
+    return any(found.data_type in kinds for found in model.graph.initializer)
 
 
 def is_trt_dialect(model: onnx.ModelProto) -> bool:

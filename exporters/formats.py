@@ -346,8 +346,7 @@ def export(source: ExportSource, format_name: str, folder: Path, *, check: bool 
             f"The {format_name} export failed its proof: {'; '.join(checks.failures)}. Nothing was written; report it with the run folder."
         )
     path = folder / exporter.file_name
-    for name, content in (converted.files if converted else {exporter.file_name: data}).items():
-        write_bytes(folder / name, content)
+    _write_all(folder, converted.files if converted else {exporter.file_name: data})
     if exporter.beside is not None:
         exporter.beside(source, path.parent)
     artifact = Artifact(
@@ -368,6 +367,18 @@ def export(source: ExportSource, format_name: str, folder: Path, *, check: bool 
     )
     _record(folder, format_name, artifact)
     return artifact
+
+
+def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
+    """All of ``files`` or none: the first, which names the artifact, comes last."""
+    new = [folder / name for name in files if not (folder / name).exists()]
+    try:
+        for name in reversed(list(files)):
+            write_bytes(folder / name, files[name])
+    except BaseException:
+        for path in new:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def _same_answers(source: ExportSource, model: bytes, plain: bytes) -> float:

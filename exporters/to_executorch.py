@@ -120,7 +120,7 @@ def program(network: nn.Module, image: Tensor) -> tuple[bytes, list[str]]:
         except Exception as error:
             why = str(error).strip().splitlines()
             raise UsageError(
-                f"ExecuTorch cannot lower the network as it is: {why[0] if why else type(error).__name__}."
+                f"ExecuTorch cannot lower the network as it is ({why[0] if why else type(error).__name__})."
             ) from error
 
 

@@ -109,6 +109,13 @@ def test_openvino_refuses_in_one_sentence(tmp_path):
         open_artifact(tmp_path / "x.xml")
 
 
+def test_openvino_is_not_given_weights_that_it_unpacks_wrongly(folder, tmp_path):
+    (tmp_path / "x.onnx").write_bytes(integer_model(integer_case("resnet8").quantized(6, 8)).SerializeToString())
+    with pytest.raises(BadFileError, match="Export --format openvino"):
+        open_artifact(tmp_path / "x.onnx", runtime="openvino")
+    assert open_artifact(tmp_path / "x.onnx").runner.shape == (3, 32, 32)
+
+
 def test_missing_runtime_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "openvino", None)
     with pytest.raises(MissingBackendError, match=r"edgecompress\[openvino\]") as caught:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -10,8 +12,9 @@ import pytest
 from sample_networks import patterns
 from test_formats_contract import files, make_source
 
-from edgecompress.errors import BadFileError, MissingBackendError, UsageError
+from edgecompress.errors import BadFileError, EdgeCompressError, MissingBackendError, UsageError
 from edgecompress.evaluation import evaluate_artifact
+from edgecompress.exporters import to_executorch
 from edgecompress.exporters.artifacts import open_artifact
 from edgecompress.exporters.formats import export
 from edgecompress.exporters.interface import Interface
@@ -52,6 +55,22 @@ def test_damaged_ncnn_files_are_refused(tmp_path):
         open_artifact(tmp_path / "x.param")
 
 
+@needs_ncnn
+def test_full_disk_leaves_neither_of_two_files(tmp_path, monkeypatch):
+    source, real, calls = make_source("flat"), os.replace, []
+
+    def full_at_the_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(*arguments)
+
+    monkeypatch.setattr("os.replace", full_at_the_second)
+    with pytest.raises(EdgeCompressError, match="The disk is full"):
+        export(source, "ncnn", tmp_path)
+    assert len(calls) == 2 and files(tmp_path) == []
+
+
 @pytest.mark.parametrize("name", ["ncnn", "executorch"])
 def test_front_and_head_are_refused_before_any_work(name, tmp_path):
     source = replace(make_source("flat"), interface=Interface(input="uint8"))
@@ -77,16 +96,24 @@ def test_missing_runtime_says_what_to_install(suffix, module, extra, tmp_path, m
 
 @needs_executorch
 @pytest.mark.slow
-def test_executorch_program_computes_integers_or_says_why_not(tmp_path):
+def test_executorch_program_computes_integers_or_says_why_not(tmp_path, monkeypatch):
     artifact = export(make_source("residual"), "executorch", tmp_path)
     assert artifact.checks["integers"] is True and artifact.checks["executorch_error"] < 0.1
     opened = open_artifact(tmp_path / "model.pte")
     assert opened.runner.shape == (3, 16, 16) and opened.runner.batch == 1
-    gated = make_source("gated")
-    with pytest.raises(UsageError, match="--allow-float"):
-        export(gated, "executorch", tmp_path / "gated")
-    allowed = replace(gated, interface=Interface(allow_float=True))
-    assert export(allowed, "executorch", tmp_path / "gated").checks["integers"] is False
+    real = to_executorch.program
+
+    def takes_floats_only(network, image):
+        if isinstance(network, to_executorch.IntegerNetwork):
+            raise UsageError("ExecuTorch cannot lower the network as it is: an operator has no kernel.")
+        return real(network, image)
+
+    monkeypatch.setattr(to_executorch, "program", takes_floats_only)
+    source = make_source("flat")
+    with pytest.raises(UsageError, match=r"has no kernel.* Export with --allow-float"):
+        export(source, "executorch", tmp_path / "float")
+    allowed = replace(source, interface=Interface(allow_float=True))
+    assert export(allowed, "executorch", tmp_path / "float").checks["integers"] is False
     (tmp_path / "x.pte").write_bytes(b"no program")
     with pytest.raises(BadFileError, match="refuses"):
         open_artifact(tmp_path / "x.pte")
