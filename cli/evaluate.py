@@ -46,7 +46,7 @@ def command(
     as_csv: bool,
     as_json: bool,
 ) -> None:
-    """Measure ARTIFACT, an .onnx, .ort, .xml or .engine file or a run folder, on the data's test split.
+    """Measure ARTIFACT (.onnx, .ort, .xml, .engine, .param, .pte, .tflite, or a run folder), on the data's test split.
 
     \b
     Example:
