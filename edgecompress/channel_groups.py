@@ -1,4 +1,4 @@
-"""Which channels must go together, and how they go. Torch-Pruning's dependency graph walks the network; we only read it."""
+"""Which channels must go together. Torch-Pruning's dependency graph walks the network; we only read it."""
 
 from __future__ import annotations
 
@@ -12,27 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from edgecompress.cuts import WEIGHTED, Cut, buffer_channels, cut_channels, lost, owner_of, silence
 from edgecompress.errors import BadModelError
 from edgecompress.spec import ChannelGroup
 
-WEIGHTED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
 _OUTPUT = "its channels are the network's output"
 _SHUFFLE = "its channels pass a channel shuffle, whose order a smaller network would not keep"
 _LOST = "its channels cannot be followed through the splits and shuffles behind it"
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Where one group cuts one module: position ``index[i]`` of ``side`` goes when the group's channel ``channel[i]`` goes.
-
-    ``module`` is the path of a module, or of a parameter that stands by itself.
-    """
-
-    group: str
-    module: str
-    side: str  # "out" or "in"
-    index: Tensor
-    channel: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,14 +37,6 @@ def tensors_of(outputs: object) -> list[Tensor]:
     if isinstance(outputs, list | tuple):
         return [tensor for output in outputs for tensor in tensors_of(output)]
     return []
-
-
-def owner_of(model: nn.Module, path: str) -> nn.Module | nn.Parameter:
-    """The module or the parameter at ``path``."""
-    parent, _, leaf = path.rpartition(".")
-    found = getattr(model.get_submodule(parent), leaf) if leaf else model
-    assert isinstance(found, nn.Module | nn.Parameter)
-    return found
 
 
 def channel_groups(
@@ -120,7 +98,10 @@ def _candidates(model: nn.Module, example: Tensor, order: Sequence[str]) -> Iter
         warnings.simplefilter("ignore")
         try:
             index_mapping.update_reshape_index_mapping = tolerant
-            graph = DependencyGraph().build_dependency(model, example_inputs=example, verbose=False)
+            frozen = {type(module): _frozen_norm() for module in model.modules() if buffer_channels(module)}
+            graph = DependencyGraph().build_dependency(
+                model, example_inputs=example, customized_pruners=frozen, verbose=False
+            )
             # Nothing is cut while the groups are read: updating the whole graph for each would take minutes.
             index_mapping.update_index_mapping = lambda graph: None
             seen: set[str] = set()
@@ -130,6 +111,24 @@ def _candidates(model: nn.Module, example: Tensor, order: Sequence[str]) -> Iter
                     yield found
         finally:
             index_mapping.update_reshape_index_mapping, index_mapping.update_index_mapping = reshape, update
+
+
+def _frozen_norm() -> Any:
+    """What Torch-Pruning must know of a module with one buffer element per channel: as many go out as come in."""
+    from torch_pruning.pruner.function import BasePruningFunc
+
+    class FrozenNorm(BasePruningFunc):  # type: ignore[misc]
+        def prune_out_channels(self, layer: nn.Module, idxs: Sequence[int]) -> nn.Module:
+            raise NotImplementedError  # the graph is only read
+
+        prune_in_channels = prune_out_channels
+
+        def get_out_channels(self, layer: nn.Module) -> int:
+            return buffer_channels(layer)
+
+        get_in_channels = get_out_channels
+
+    return FrozenNorm()
 
 
 def _candidate(model: nn.Module, key: str, graph: Any, order: Sequence[str]) -> _Candidate | None:
@@ -157,7 +156,7 @@ def _candidate(model: nn.Module, key: str, graph: Any, order: Sequence[str]) -> 
         index, channel = torch.tensor(list(item.idxs)), torch.tensor(list(item.root_idxs))
         if isinstance(module, ops._SplitOp) and len(set(module.split_sizes or ())) == 1:
             chunks.append((index, channel, int(module.split_sizes[0])))
-        if module not in paths or (isinstance(module, nn.Module) and not list(module.parameters(recurse=False))):
+        if module not in paths or (isinstance(module, nn.Module) and not module.state_dict()):
             continue
         cuts.append(Cut(members[0], paths[module], "out" if out else "in", index, channel))
     width = len(items[0].idxs)
@@ -249,9 +248,9 @@ def _trial(model: nn.Module, example: Tensor, candidates: list[_Candidate], *, e
     cuts = [cut for c in candidates for cut in c.cuts]
     smaller, deaf = copy.deepcopy(model), copy.deepcopy(model)
     with torch.no_grad():
-        for module, side, index in _lost(cuts, keep):
+        for module, side, index in lost(cuts, keep):
             if side == "in":
-                _silence(owner_of(deaf, module), index)
+                silence(owner_of(deaf, module), index)
         wanted = tensors_of(deaf(example))
         try:
             cut_channels(smaller, cuts, keep)
@@ -268,39 +267,3 @@ def _trial(model: nn.Module, example: Tensor, candidates: list[_Candidate], *, e
     if exact and not all(torch.allclose(a, b, atol=near, equal_nan=True) for a, b in zip(found, wanted, strict=True)):
         return "without its lost channels the other channels do not compute what they did"
     return ""
-
-
-def _silence(owner: nn.Module | nn.Parameter, index: Tensor) -> None:
-    """Set the weights that read the input channels ``index`` to zero."""
-    if isinstance(owner, WEIGHTED):
-        axis = 0 if isinstance(owner, nn.ConvTranspose2d) else 1
-        owner.weight.index_fill_(axis, index % owner.weight.shape[axis], 0.0)
-
-
-def _lost(cuts: Sequence[Cut], keep: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Tensor]]:
-    """Module, side and positions that go when only the channels in ``keep`` stay."""
-    gone: dict[tuple[str, str], list[Tensor]] = {}
-    for cut in cuts:
-        if cut.group in keep:
-            lost = ~torch.isin(cut.channel, keep[cut.group])
-            gone.setdefault((cut.module, cut.side), []).append(cut.index[lost])
-    for (name, side), parts in gone.items():
-        index = torch.unique(torch.cat(parts))
-        if len(index):
-            yield name, side, index
-
-
-def cut_channels(model: nn.Module, cuts: Sequence[Cut], keep: Mapping[str, Tensor]) -> None:
-    """Remove from ``model``, in place, all channels of each group in ``keep`` but the kept ones (indices)."""
-    from torch_pruning import function, ops
-
-    for name, side, index in _lost(cuts, keep):
-        owner = owner_of(model, name)
-        if isinstance(owner, nn.Parameter):
-            axis = max(dim for dim, size in enumerate(owner.shape) if size > 1)
-            kept = torch.tensor([place for place in range(owner.shape[axis]) if place not in set(index.tolist())])
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, nn.Parameter(owner.detach().index_select(axis, kept)))
-            continue
-        pruner = function.PrunerBox[ops.module2type(owner)]
-        (pruner.prune_out_channels if side == "out" else pruner.prune_in_channels)(owner, index.tolist())

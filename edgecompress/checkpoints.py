@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,8 +46,18 @@ def fit_state(model: nn.Module, state: Mapping[str, Tensor], what: str) -> str:
             f"{what} does not fit the network: '{key}' is {found} in the file and {wanted} in the network "
             f"({len(wrong)} of another shape, {len(missing)} missing, {len(unknown)} unknown). Name the --model it was saved from."
         )
-    model.load_state_dict({key: value for key, value in state.items() if key not in wrong}, strict=False)
+    load_tensors(model, {key: value for key, value in state.items() if key not in wrong}, strict=False)
     return head if resized else ""
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = True) -> None:
+    """``model.load_state_dict`` for tensors out of a file of ours, which holds no versions of layers: they are the model's.
+
+    Without versions MNASNet refuses its weights, and other layers take them for those of an old torch.
+    """
+    state = OrderedDict(tensors)
+    state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(state, strict=strict)
 
 
 def classes_in(model: nn.Module, state: Mapping[str, Tensor], what: str) -> int:

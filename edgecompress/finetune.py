@@ -14,6 +14,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from edgecompress.checkpoints import load_tensors
 from edgecompress.data import Dataset, Split
 from edgecompress.errors import BadFileError, EdgeCompressError
 from edgecompress.files import cache_folder, written_whole
@@ -110,7 +111,7 @@ def train(
 
 
 def _give_up(model: nn.Module, good: dict[str, Tensor], what: str) -> NoReturn:
-    model.load_state_dict(good)
+    load_tensors(model, good)
     raise EdgeCompressError(f"{what}; the network keeps the state of the last whole epoch. Lower the learning rate.")
 
 
@@ -160,8 +161,8 @@ def _restore(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimiz
         ) from error
     if json.loads(metadata.get("settings", "null")) != settings.__dict__:
         return 0
-    model.load_state_dict(
-        {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
+    load_tensors(
+        model, {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
     )
     state = optimizer.state_dict()
     state["state"] = {
@@ -212,7 +213,7 @@ def reference_model(
     extra = "" if start is None else f"-{learning_rate}-{_digest(start)}"
     path = reference_file(name, model, data, epochs=epochs, seed=seed, extra=extra)
     if path.exists():
-        model.load_state_dict(load_file(path))
+        load_tensors(model, load_file(path))
         return model.eval()
     rate = learning_rate or (0.1 if data.name != "digits" else 0.05)
     settings = TrainSettings(epochs=epochs, learning_rate=rate, distill=0.0, seed=seed)

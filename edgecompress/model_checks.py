@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from edgecompress.channel_groups import WEIGHTED, tensors_of
+from edgecompress.channel_groups import tensors_of
+from edgecompress.cuts import WEIGHTED
 from edgecompress.errors import BadModelError
 from edgecompress.imports import place_of
 
@@ -20,17 +21,24 @@ _PYTHON_VALUES: tuple[Callable[..., object], ...] = (
 
 
 def check_weights(model: nn.Module, name: str) -> None:
-    """Refuse weights elsewhere than on the CPU, NaN, tensors that two layers share, computed weights and hooks.
+    """Refuse weights that are not made yet, elsewhere than on the CPU, in another type than float32 or not finite, tensors
+    that two layers share, computed weights and hooks.
 
     Raises:
         BadModelError: the first of these that is found.
     """
     for key, value in model.state_dict().items():
+        if torch.nn.parameter.is_lazy(value):
+            raise BadModelError(f"The weight '{key}' of {name} has no shape yet. Run the network on one image first.")
         if value.device.type != "cpu":
             devices = sorted({str(tensor.device) for tensor in model.state_dict().values()})
             raise BadModelError(
                 f"The weights of {name} are on {' and '.join(devices)} ('{key}' is on {value.device}). "
                 "Move all of them with model.to('cpu') first."
+            )
+        if value.is_floating_point() and value.dtype != torch.float32:
+            raise BadModelError(
+                f"The weight '{key}' of {name} is {value.dtype}. Convert all of them with model.float()."
             )
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise BadModelError(f"The weight '{key}' of {name} holds NaN or infinity. Load a sound checkpoint.")
@@ -144,5 +152,5 @@ def check_training_layers(model: nn.Module, example: Tensor, name: str, running:
     if woken:
         raise BadModelError(
             f"The layer '{woken[0]}' of {name} runs in training only, so that no channel before it can be cut. Build the network "
-            "without auxiliary heads (aux_logits=False), or return their outputs in eval mode too."
+            "without auxiliary heads (aux_logits=False), or wrap it in edgecompress.raw_heads.TrainingHeads to keep them."
         )

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from edgecompress.channel_groups import cut_channels, owner_of
+from edgecompress.cuts import cut_channels, owner_of
 from edgecompress.data import Dataset
 from edgecompress.errors import UnknownNameError, UsageError
 from edgecompress.trace import Traced

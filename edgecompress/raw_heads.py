@@ -1,4 +1,4 @@
-"""A torchvision detector without what is not a network in it: no resizing, no anchors, no non-maximum suppression."""
+"""Wrappers that make all outputs of a network traceable: the raw heads of detectors, auxiliary heads of classifiers."""
 
 from __future__ import annotations
 
@@ -31,3 +31,25 @@ class RawHeads(nn.Module):
         features = self.backbone(x)
         outputs: dict[str, Tensor] = self.head([features] if isinstance(features, Tensor) else list(features.values()))
         return tuple(outputs.values())
+
+
+class TrainingHeads(nn.Module):
+    """A network with the heads that it runs in training only (GoogLeNet, Inception with ``aux_logits``), in eval mode too.
+
+    Its modules with children stay in training mode, so that they return all outputs; its layers follow ``train`` and
+    ``eval``, so that statistics and dropout do. ``network`` of the pruned copy is the network itself.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.train(network.training)
+
+    def train(self, mode: bool = True) -> TrainingHeads:
+        super().train(mode)
+        for module in self.network.modules():
+            module.training = mode or any(True for _ in module.children())
+        return self
+
+    def forward(self, x: Tensor) -> object:
+        return self.network(x)

@@ -110,6 +110,7 @@ class RunFolder:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        from edgecompress.checkpoints import load_tensors
         from edgecompress.models import build_model
         from edgecompress.prune import prune
         from edgecompress.trace import trace
@@ -125,7 +126,7 @@ class RunFolder:
         traced = trace(model, architecture.input_shape, architecture.model)
         model = prune(model, traced, architecture.keep_channels)
         try:
-            model.load_state_dict(load_file(self.path / "model.safetensors"))
+            load_tensors(model, load_file(self.path / "model.safetensors"))
         except (OSError, SafetensorError) as error:
             raise BadFileError(
                 f"The weights {self.path / 'model.safetensors'} cannot be read ({error}). Compress again with --overwrite."

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from edgecompress.channel_groups import WEIGHTED, Cut, channel_groups
+from edgecompress.channel_groups import channel_groups
+from edgecompress.cuts import WEIGHTED, Cut
 from edgecompress.errors import BadModelError
 from edgecompress.model_checks import check_batch, check_training_layers, check_weights, run_once
 from edgecompress.spec import ChannelGroup, ChannelTerm, Kind, LayerSpec, Network
@@ -57,6 +58,8 @@ def trace(model: nn.Module, input_shape: tuple[int, ...], name: str, *, shared: 
     """
     check_weights(model, name)
     model = copy.deepcopy(model).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)  # groups are read off autograd, which does not see frozen layers
     example = torch.randn(1, *input_shape, generator=torch.Generator().manual_seed(0))
     extents = _extents(model, example, name)
     if not extents:

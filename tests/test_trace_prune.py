@@ -427,7 +427,9 @@ BAD_MODELS = {
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))), "hook or a parametrization",
     ),
     "tied": (tied, r"'0\.weight' and '1\.weight' of bad are one tensor"),
-    "auxiliary": (Auxiliary, r"'aux' of bad runs in training only.*aux_logits=False"),
+    "auxiliary": (Auxiliary, r"'aux' of bad runs in training only.*aux_logits=False.*TrainingHeads"),
+    "lazy": (lambda: nn.Sequential(nn.LazyConv2d(4, 1)), r"'0\.weight' of bad has no shape yet"),
+    "half": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1)).half(), r"is torch\.float16\. Convert .* model\.float\(\)"),
     "devices": (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1, device="meta")), "are on cpu and meta"),
 }  # fmt: skip
 
