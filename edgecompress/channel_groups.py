@@ -18,6 +18,7 @@ from edgecompress.spec import ChannelGroup
 
 _OUTPUT = "its channels are the network's output"
 _SHUFFLE = "its channels pass a channel shuffle, whose order a smaller network would not keep"
+_DETACHED = "no gradient flows from the outputs back to it, so that nobody can see who reads its channels"
 _LOST = "its channels cannot be followed through the splits and shuffles behind it"
 
 
@@ -106,7 +107,8 @@ def _candidates(model: nn.Module, example: Tensor, order: Sequence[str]) -> Iter
             index_mapping.update_index_mapping = lambda graph: None
             seen: set[str] = set()
             for key in order:
-                if key not in seen and (found := _candidate(model, key, graph, order)):
+                if key not in seen:
+                    found = _candidate(model, key, graph, order)
                     seen |= set(found.group.members)
                     yield found
         finally:
@@ -131,15 +133,15 @@ def _frozen_norm() -> Any:
     return FrozenNorm()
 
 
-def _candidate(model: nn.Module, key: str, graph: Any, order: Sequence[str]) -> _Candidate | None:
-    """The group of the output channels of the layer ``key``; None where no autograd graph leads to it."""
+def _candidate(model: nn.Module, key: str, graph: Any, order: Sequence[str]) -> _Candidate:
+    """The group of the output channels of the layer ``key``."""
     from torch_pruning import ops
 
     root = model.get_submodule(key)
+    total = int(root.out_features if isinstance(root, nn.Linear) else root.out_channels)  # type: ignore[arg-type]
     if root not in graph.module2node:
-        return None
+        return _Candidate(ChannelGroup(id=key, width=total, members=(key,), prunable=False, reason=_DETACHED), ())
     pruner = graph.get_pruner_of_module(root)
-    total = int(pruner.get_out_channels(root))
     try:
         items = graph.get_pruning_group(root, pruner.prune_out_channels, list(range(total)))
     except IndexError:  # a split whose parts it counts wrongly

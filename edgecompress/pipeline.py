@@ -198,6 +198,8 @@ def prepare(
 ) -> tuple[Job, LatencyModel, str, PlannedSize]:
     """Trace the original, write its float and int8 files, and price it."""
     shape = tuple(data.test.images.shape[1:])
+    for text in validation_warnings(data):
+        progress.note(text)
     progress.stage("Trace the network", 1)
     traced = traced_of(original, shape, label(config.model))
     graph = graph_of(original, shape, config.model)
@@ -282,6 +284,18 @@ def calibration_warnings(data: Dataset) -> list[str]:
             f"{_listed(seen_deviation)}; prepare both alike"
         )
     return warnings
+
+
+def validation_warnings(data: Dataset) -> list[str]:
+    """That the search cannot tell policies apart, where an accuracy near 90 % has a standard error above 3 points."""
+    images = len(data.search_val)
+    error = (0.9 * 0.1 / images) ** 0.5
+    if not data.task.percent or error <= 0.03:
+        return []
+    return [
+        f"the search judges policies on {images} images: near 90 % the standard error of {data.task.score_name} is "
+        f"{100 * error:.1f} points, and policies that differ by less are not told apart; give more images"
+    ]
 
 
 def _statistics(data: Dataset, split: Split) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from edgecompress.errors import BadDataError, BadFileError
 from edgecompress.files import write_document
 from edgecompress.graph import Graph, build_graph
 from edgecompress.interpret import float_constants, run
-from edgecompress.pipeline import calibration_warnings
+from edgecompress.pipeline import calibration_warnings, validation_warnings
 from edgecompress.posttraining import bias_corrected, equalisable, equalised
 from edgecompress.quantize import Simulator, calibrate, simulate
 from edgecompress.ranges import RANGES
@@ -183,6 +183,14 @@ def test_few_calibration_images_and_other_normalisation_are_told() -> None:
     dark = Split(data.calibration.images // 4, data.calibration.labels)
     (other,) = calibration_warnings(replace(data, calibration=dark))
     assert "normalised in another way" in other
+
+
+def test_validation_images_too_few_to_tell_policies_apart_are_told_with_the_standard_error() -> None:
+    data = patterns()
+    (few,) = validation_warnings(data)  # 8 of each of 4 classes: sqrt(0.9 x 0.1 / 32)
+    assert "on 32 images" in few and "standard error of accuracy is 5.3 points" in few
+    enough = data.search_val.take(torch.arange(120) % 32)
+    assert validation_warnings(replace(data, search_val=enough)) == []
 
 
 @pytest.mark.parametrize("bits", [0, 1, 9, 12, 33])

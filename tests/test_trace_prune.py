@@ -177,13 +177,29 @@ class Fixed(nn.Module):
         return result
 
 
+class Detached(nn.Module):
+    """Autograd, off which groups are read, does not see its first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.fc(self.conv(x).detach().mean((2, 3)))
+        return result
+
+
 class OneWide(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(nn.Conv2d(3, 1, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1, 4))
 
 
 def test_groups_that_cannot_be_cut_say_why_and_are_refused():
-    for model, wanted in ((Fixed(), "cutting it breaks the forward pass"), (OneWide(), "it has 1 channel")):
+    for model, wanted in (
+        (Fixed(), "cutting it breaks the forward pass"),
+        (Detached(), "no gradient"),
+        (OneWide(), "it has 1 channel"),
+    ):
         traced = trace(model, (3, 8, 8), "stubborn")
         group = next(group for group in traced.network.groups if group.id in ("conv", "0"))
         assert not group.prunable and wanted in group.reason
@@ -440,6 +456,19 @@ def test_network_that_cannot_be_cut_is_refused_in_one_sentence(case):
     with pytest.raises(BadModelError, match=wanted) as caught:
         trace(make(), (3, 8, 8), "bad")
     assert "\n" not in str(caught.value)
+
+
+def test_dependencies_that_cannot_be_followed_are_refused(monkeypatch):
+    import torch_pruning
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("UnknownBackward0")
+
+    monkeypatch.setattr(torch_pruning.DependencyGraph, "build_dependency", fail)
+    with pytest.raises(
+        BadModelError, match=r"residual cannot be traced into channel groups \(KeyError: 'UnknownBackward0'\)"
+    ):
+        trace(Residual(4), (3, 16, 16), "residual")
 
 
 def test_network_without_layers_is_refused():
