@@ -219,7 +219,7 @@ def judge(bench: Benchmark, places: dict[str, Path], failures: dict[str, str]) -
             "unprunable": len(found["unprunable"]), "MACs left": f"{left:.4f}x", "MACs in unprunable groups": f"{stuck:.2%}",
             "why": "; ".join(reasons), "training step": failure or "runs",
             "difference after reload": None if difference is None else f"{difference:.2g}",
-            "seconds of tracing": found["trace_seconds"],
+            "seconds of tracing (others ran beside it)": found["trace_seconds"],
         })  # fmt: skip
     for name, failure in failures.items():
         bench.not_run(f"{name}: MACs left", 0.4, "x", failure)
