@@ -26,10 +26,14 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How well a policy does on the search split: top-1 in [0, 1] and cross-entropy in nats."""
+    """How well a policy does on the search split: top-1 in [0, 1] and cross-entropy in nats.
+
+    ``abandoned``: the evaluator gave up after a part of the images, because the policy could not become one of the best.
+    """
 
     accuracy: float
     loss: float
+    abandoned: bool = False
 
 
 class Evaluator(Protocol):
