@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,13 @@ def reestimate_batchnorm(
 
     For a network whose channels were just cut. Never after fine-tuning with a few images: it costs 1 to 3 points.
     """
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(data.train), generator=generator)[:images]
+    reestimate_on(model, data.batches(data.train, 150, generator=generator, augment=augment, rows=rows))
+
+
+def reestimate_on(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Replace BatchNorm statistics by their mean over ``batches``, in place; no weight changes."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         return
@@ -114,10 +121,8 @@ def reestimate_batchnorm(
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average
     model.train()
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(data.train), generator=generator)[:images]
     with torch.no_grad():
-        for x, _ in data.batches(data.train, 150, generator=generator, augment=augment, rows=rows):
+        for x, _ in batches:
             if len(x) > 1:
                 model(x)
     for norm, momentum in zip(norms, momenta, strict=True):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from edgecompress.baselines import Tables
 from edgecompress.cost import CostModel, LatencyModel, SizeModel, count
 from edgecompress.data import Dataset, Split
-from edgecompress.envs import Evaluator, Limit, Outcome, SearchSpace, channel_space
+from edgecompress.envs import Evaluator, Limit, SearchSpace, channel_space
+from edgecompress.episodes import Episodes, missing_classes
 from edgecompress.errors import BadModelError, GoalMissedError
 from edgecompress.finetune import TrainSettings, accuracy_and_loss, train
 from edgecompress.pareto import picked
@@ -113,15 +114,18 @@ def prune_stage(job: Job, cost: CostModel) -> tuple[CompressionPolicy, str]:
     space = channels_of(job, cost)
     scores = importance_by_name(job.config.importance)(job.original, job.traced)
 
+    lacking = missing_classes(job.data, job.data.search_val, "search-val")
+    if lacking:
+        job.progress.note(lacking)
+    episodes = Episodes(
+        lambda policy: prune(job.original, job.traced, policy.keep_channels, scores),
+        job.data, job.data.search_val, seed=job.config.seed,
+    )  # fmt: skip
+
     def build(policy: CompressionPolicy) -> nn.Module:
-        model = prune(job.original, job.traced, policy.keep_channels, scores)
-        reestimate_batchnorm(model, job.data, seed=job.config.seed)
-        return model.eval()
+        return episodes.network(policy).to(memory_format=torch.contiguous_format)
 
-    def evaluate(policy: CompressionPolicy) -> Outcome:
-        return Outcome(*accuracy_and_loss(build(policy), job.data, job.data.search_val))
-
-    trials = searched(job, space, evaluate, "prune", job.config.prune_reward)
+    trials = searched(job, space, episodes, "prune", job.config.prune_reward)
     finalists = remeasured(trials, job, lambda trial: build(space.to_policy(trial.choice)))[:3]
     job.progress.stage("Fine-tune the finalists", len(finalists) * SHORT_EPOCHS)
     scored = [(_short_finetune(job, build(space.to_policy(trial.choice))), trial) for trial in finalists]

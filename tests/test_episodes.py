@@ -1,0 +1,128 @@
+"""An episode says what a plain evaluation says, gives up only on what cannot win, and keeps nothing behind."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sample_networks import Residual, patterns, settled
+
+from edgecompress.data import Split
+from edgecompress.episodes import Episodes, Part, balanced_order, highest_likely, judged, missing_classes
+from edgecompress.finetune import accuracy_and_loss
+from edgecompress.prune import prune
+from edgecompress.spec import CompressionPolicy
+from edgecompress.tasks import CLASSIFICATION
+from edgecompress.trace import trace
+
+
+@pytest.fixture(scope="module")
+def data():
+    return patterns(size=8)
+
+
+@pytest.fixture(scope="module")
+def episodes(data):
+    model = settled(Residual(4), 0)
+    traced = trace(model, tuple(data.test.images.shape[1:]), "residual")
+    return Episodes(
+        lambda policy: prune(model, traced, policy.keep_channels), data, data.test, images=64, recalibrate=40
+    )
+
+
+def test_episode_says_what_a_plain_evaluation_says(data, episodes):
+    policy = CompressionPolicy(model="residual")
+    rows = balanced_order(data.test, data, 0)[:64]
+    accuracy, loss = accuracy_and_loss(episodes.network(policy), data, data.test.take(rows))
+    found = episodes(policy)
+    assert found.accuracy == accuracy and found.loss == pytest.approx(loss, rel=1e-4) and not found.abandoned
+    assert episodes(policy) == found
+
+
+def test_every_first_part_of_the_images_holds_all_classes_alike(data):
+    labels = torch.arange(10).repeat_interleave(50)
+    split = Split(torch.zeros(500, 1, 8, 8, dtype=torch.uint8), labels)
+    order = balanced_order(split, data, 3)
+    assert sorted(order.tolist()) == list(range(500))
+    for first in (50, 100, 250):
+        counts = labels[order[:first]].bincount(minlength=10)
+        assert int(counts.max() - counts.min()) <= 6
+    assert not torch.equal(order, balanced_order(split, data, 4))
+
+
+def parts_of(right: np.ndarray, size: int = 100) -> list[Part]:
+    return [
+        Part(len(piece), int(piece.sum()), 1.0, (int(piece.sum()), len(piece)))
+        for piece in np.split(right, len(right) // size)
+    ]
+
+
+def test_bound_holds_and_gives_up_only_what_cannot_win():
+    random = np.random.default_rng(0)
+    wrong = 0
+    for accuracy in np.linspace(0.05, 0.95, 200):
+        right = random.random(1000) < accuracy
+        bounds = [highest_likely(int(right[:seen].sum()), seen, 1000) for seen in range(100, 1001, 100)]
+        wrong += sum(bound < right.mean() for bound in bounds)
+        assert bounds[-1] == pytest.approx(right.mean())
+    assert wrong <= 6  # of 2,000 looks
+    assert highest_likely(0, 100, 1000) > 0 and highest_likely(100, 100, 1000) == 1.0
+
+
+def test_hopeless_policy_is_given_up_early_and_a_good_one_is_measured_whole():
+    random = np.random.default_rng(1)
+    parts = parts_of(random.random(1000) < 0.4)
+    asked: list[Part] = []
+
+    def told():
+        for part in parts:
+            asked.append(part)
+            yield part
+
+    found = judged(told(), 1000, CLASSIFICATION, lambda accuracy: accuracy > 0.7)
+    assert found.abandoned and len(asked) <= 3 and found.accuracy == pytest.approx(0.4, abs=0.1)
+    whole = judged(iter(parts), 1000, CLASSIFICATION, lambda accuracy: accuracy > 0.35)
+    assert not whole.abandoned and whole.accuracy == sum(part.hits for part in parts) / 1000
+
+
+def test_abandoned_episode_runs_no_further_batch(episodes, monkeypatch):
+    runs: list[int] = []
+    network = episodes.network
+
+    def counted(policy):
+        model = network(policy)
+        model.register_forward_hook(lambda *found: runs.append(1))
+        return model
+
+    monkeypatch.setattr(episodes, "network", counted)
+    monkeypatch.setattr(episodes.images, "_kept", [(x[:8], y[:8]) for x, y in episodes.images for _ in range(8)])
+    assert episodes.unless_hopeless(CompressionPolicy(model="residual"), lambda accuracy: False).abandoned
+    assert len(runs) == 1
+
+
+def test_classes_that_the_split_lacks_are_named(data):
+    split = Split(torch.zeros(100, 1, 8, 8, dtype=torch.uint8), torch.zeros(100, dtype=torch.long))
+    assert "no image of 3 of 4 classes (class1, class2, class3)" in missing_classes(data, split, "search-val")
+    assert missing_classes(data, data.search_val, "search-val") == ""
+    assert missing_classes(replace(data, task=replace(CLASSIFICATION, class_scores=False)), split, "search-val") == ""
+
+
+def test_hundred_episodes_keep_no_memory(episodes):
+    def resident() -> int:
+        gc.collect()
+        fields = Path("/proc/self/statm").read_text().split()
+        return int(fields[1]) * 4096
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("reads /proc")
+    policy = CompressionPolicy(model="residual")
+    for _ in range(5):
+        episodes(policy)
+    before = resident()
+    for _ in range(100):
+        episodes(policy)
+    assert resident() - before < 50_000_000
