@@ -99,7 +99,7 @@ def base_of(name: str, model: nn.Module, size: int) -> Base:
 def source_of(base: Base, policy: str, size: int) -> Any:
     """The compressed network of a cell, with what exporters want to know of it."""
     from edgecompress.describe import network_of
-    from edgecompress.exporters.formats import ExportSource
+    from edgecompress.exporters.source import ExportSource
     from edgecompress.latency_tables.targets import target_by_name
     from edgecompress.prune import prune
     from edgecompress.spec import CompressionPolicy, Preprocessing
