@@ -234,7 +234,11 @@ def _optional(group: str, name: str, module: str, extra: str, use: str) -> Findi
 def _exporters() -> list[Finding]:
     from edgecompress.exporters.formats import EXPORTERS
 
-    notes = {"tensorrt": "writes the ONNX and build_on_device.py; the engine is built on the device"}
+    notes = {
+        "tensorrt": "writes the ONNX and build_on_device.py; the engine is built on the device",
+        "ncnn": "writes and proves with edgecompress[ncnn]",
+        "executorch": "writes and proves with edgecompress[executorch]",
+    }
     runtime = _onnx_runtime()  # every file is proven in it
     if runtime.failed:
         about = "cannot prove what it writes: ONNX Runtime is missing"

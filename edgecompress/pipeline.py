@@ -19,11 +19,12 @@ from edgecompress.describe import GraphModule, graph_of, traced_of
 from edgecompress.edges import with_edges
 from edgecompress.envs import Limit
 from edgecompress.errors import UnknownNameError, UsageError
-from edgecompress.exporters.formats import EXPORTERS, ExportSource, export
+from edgecompress.exporters.formats import EXPORTERS, export
 from edgecompress.exporters.interface import PLAIN, Interface
 from edgecompress.exporters.onnx_writing import metadata_of
 from edgecompress.exporters.quantized_file import save_graph, save_quantized
 from edgecompress.exporters.sizes import PlannedSize
+from edgecompress.exporters.source import ExportSource
 from edgecompress.exporters.to_onnx import float_model
 from edgecompress.files import write_bytes, write_document
 from edgecompress.finetune import accuracy_and_loss

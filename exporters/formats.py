@@ -6,11 +6,9 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,73 +18,24 @@ import torch
 from numpy.typing import NDArray
 
 from edgecompress.errors import GoalMissedError, UnknownNameError, UsageError
-from edgecompress.exporters import verify
-from edgecompress.exporters.emulate import emulate
-from edgecompress.exporters.interface import PLAIN, Interface, adapt, on_pixel_grid, signature
+from edgecompress.exporters import conversions, verify
+from edgecompress.exporters.interface import adapt, on_pixel_grid, signature
 from edgecompress.exporters.memory import planned_activation_bytes
 from edgecompress.exporters.onnx_writing import (
     BASE_OPSET,
     FOUR_BITS_OPSET,
     IR_VERSIONS,
-    metadata_of,
     oldest_onnxruntime,
 )
 from edgecompress.exporters.runners import OnnxRuntimeRunner, run_all
 from edgecompress.exporters.saturation import SATURATION, weights_saturate, without_saturation
+from edgecompress.exporters.source import ExportSource
 from edgecompress.exporters.to_onnx import float_model
 from edgecompress.exporters.to_onnxruntime import integer_model
 from edgecompress.files import file_sha256, read_json, sha256, write_bytes, write_text, written_whole
-from edgecompress.graph import Graph
-from edgecompress.quantize import QuantizedGraph, TensorRange
-from edgecompress.spec import Artifact, CompressionPolicy, Network, Preprocessing, Target
-from edgecompress.tasks import CLASSIFICATION, Task
-
-
-@dataclass(frozen=True)
-class ExportSource:
-    """A compressed network and what a deployer must know of it. ``quantized`` is None where the target runs no integers.
-
-    ``images`` are normalised ``float32 [N, C, H, W]``: what the checks run on. ``labels`` are theirs, as ``task`` reads them.
-    """
-
-    graph: Graph
-    quantized: QuantizedGraph | None
-    network: Network
-    policy: CompressionPolicy
-    target: Target
-    preprocessing: Preprocessing
-    classes: tuple[str, ...]
-    images: NDArray[np.float32]
-    labels: NDArray[Any] | None = None
-    task: Task = CLASSIFICATION
-    interface: Interface = PLAIN
-    table: str = ""
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """What is written into every file; everything else is in ``export.json``."""
-        return metadata_of(self.preprocessing, self.classes)
-
-    @property
-    def facts(self) -> dict[str, str]:
-        """What a deployer must know beyond the preprocessing."""
-        return {
-            "version": version("edgecompress"),
-            "target": self.target.name,
-            "policy": sha256(self.policy.model_dump_json().encode()),
-            "labels": ",".join(self.classes),
-            "table": self.table,
-            **{name: str(value) for name, value in vars(self.interface).items() if value is not None},
-        }
-
-
-@dataclass(frozen=True)
-class Converted:
-    """Files of another format made from a proven ONNX model, by name, and the proof that they compute the same."""
-
-    files: Mapping[str, bytes]
-    checks: verify.Checks
-    oldest_runtime: str
+from edgecompress.quantize import QuantizedGraph
+from edgecompress.spec import Artifact
+from edgecompress.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -101,7 +50,7 @@ class Exporter:
     write: Callable[[ExportSource], onnx.ModelProto]
     check: Callable[[ExportSource, bytes], verify.Checks]
     beside: Callable[[ExportSource, Path], None] | None = None
-    convert: Callable[[ExportSource, bytes, bool], Converted] | None = None
+    convert: Callable[[ExportSource, bytes, bool], conversions.Converted] | None = None
 
 
 def _write_onnx(source: ExportSource) -> onnx.ModelProto:
@@ -158,17 +107,6 @@ def _check_ort(source: ExportSource, data: bytes) -> verify.Checks:
     )
 
 
-def _optimised(source: ExportSource, model: bytes, check: bool, *, name: str) -> Converted:
-    import onnxruntime
-
-    from edgecompress.exporters import to_ort_format
-
-    data = to_ort_format.optimised(model, ort_format=name.endswith(".ort"))
-    images = source.interface.images(source.images, source.preprocessing)
-    checks = to_ort_format.check_same(data, model, images) if check else verify.Checks()
-    return Converted({name: data}, checks, f"ONNX Runtime {onnxruntime.__version__}")
-
-
 def _write_plain(source: ExportSource) -> onnx.ModelProto:
     """The float file of one image that another format is made from."""
     if not source.interface.is_plain or source.interface.batch not in (None, 1):
@@ -177,63 +115,6 @@ def _write_plain(source: ExportSource) -> onnx.ModelProto:
             "--fold-normalisation, --head and --batch out."
         )
     return float_model(source.graph, opset=BASE_OPSET, batch=1, metadata=source.metadata)
-
-
-def _ncnn(source: ExportSource, model: bytes, check: bool) -> Converted:
-    from edgecompress.exporters import to_ncnn
-    from edgecompress.exporters.more_runners import NcnnRunner
-
-    files = to_ncnn.convert(model, source.graph.shapes[source.graph.inputs[0]])
-    checks = verify.Checks()
-    if check:
-        with tempfile.TemporaryDirectory() as folder:
-            for name, content in files.items():
-                (Path(folder) / name).write_bytes(content)
-            runner = NcnnRunner(Path(folder) / to_ncnn.PARAM)
-            found = run_all(runner, source.images)
-        wanted = run_all(OnnxRuntimeRunner(model), source.images)
-        error = verify.relative_error(found.reshape(wanted.shape), wanted)
-        checks.require(error < 1e-3, "ncnn_error", error, f"ncnn's outputs differ by {error:.2%} from ONNX Runtime's")
-    return Converted(files, checks, f"ncnn {version('ncnn')}")
-
-
-def _executorch(source: ExportSource, model: bytes, check: bool) -> Converted:
-    from edgecompress.exporters import to_executorch
-    from edgecompress.exporters.more_runners import ExecuTorchRunner
-
-    image, checks = torch.from_numpy(source.images[:1]), verify.Checks()
-    wanted = run_all(OnnxRuntimeRunner(model), source.images)
-    limit, data = 1e-3, b""
-    left: list[str] = []
-    if source.quantized is not None:
-        with torch.no_grad():
-            wanted = emulate(source.quantized, torch.from_numpy(source.images)).numpy()
-        scores = TensorRange(max(float(np.abs(wanted).max()), 1e-6) / 127, 8, True)
-        try:
-            data, left = to_executorch.program(to_executorch.IntegerNetwork(source.quantized, scores), image)
-        except UsageError as error:
-            if not source.interface.allow_float:
-                raise UsageError(f"{error} Export with --allow-float for a float program.") from error
-        if left and not source.interface.allow_float:
-            raise UsageError(
-                f"XNNPACK does not take {', '.join(left)} of the integer network. Export with --allow-float for a float program."
-            )
-        limit = 0.1
-    checks.values["integers"] = bool(data) and not left
-    if not checks.values["integers"]:
-        data, left = to_executorch.program(to_executorch.FloatNetwork(source.graph), image)
-        wanted, limit = run_all(OnnxRuntimeRunner(model), source.images), 1e-3
-        checks.values["left_to_portable_kernels"] = ", ".join(left) or "nothing"
-    if check:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.pte"
-            path.write_bytes(data)
-            found = checks.outputs = run_all(ExecuTorchRunner(path), source.images)
-        off = verify.relative_error(found, wanted)
-        same = verify.agreement(found, wanted, class_scores=source.task.class_scores)
-        checks.require(off < limit, "executorch_error", off, f"ExecuTorch's outputs differ by {off:.1%}")
-        checks.require(same >= 0.9, "executorch_agreement", same, f"only {same:.1%} of ExecuTorch's answers are right")
-    return Converted({"model.pte": data}, checks, f"ExecuTorch {version('executorch')}")
 
 
 def _write_openvino(source: ExportSource) -> onnx.ModelProto:
@@ -287,13 +168,17 @@ EXPORTERS: dict[str, Exporter] = {
     "onnx": Exporter("float", "model.onnx", _write_onnx, _check_onnx),
     "onnxruntime": Exporter("ort", "model.int8.onnx", _write_ort, _check_ort),
     "ort": Exporter(
-        "ort", "model.int8.ort", _write_ort, _check_ort, convert=partial(_optimised, name="model.int8.ort")
+        "ort", "model.int8.ort", _write_ort, _check_ort, convert=partial(conversions.optimised, name="model.int8.ort")
     ),
     "onnxruntime-optimised": Exporter(
-        "ort", "model.optimised.onnx", _write_ort, _check_ort, convert=partial(_optimised, name="model.optimised.onnx")
+        "ort",
+        "model.optimised.onnx",
+        _write_ort,
+        _check_ort,
+        convert=partial(conversions.optimised, name="model.optimised.onnx"),
     ),
-    "ncnn": Exporter("float", "model.ncnn.param", _write_plain, _check_onnx, convert=_ncnn),
-    "executorch": Exporter("xnnpack", "model.pte", _write_plain, _check_onnx, convert=_executorch),
+    "ncnn": Exporter("float", "model.ncnn.param", _write_plain, _check_onnx, convert=conversions.ncnn),
+    "executorch": Exporter("xnnpack", "model.pte", _write_plain, _check_onnx, convert=conversions.executorch),
     "openvino": Exporter("ort", "model.openvino.onnx", _write_openvino, _check_openvino),
     "tensorrt": Exporter("trt", "tensorrt/model.onnx", _write_trt, _check_trt, _files_for_the_device),
 }

@@ -17,10 +17,11 @@ from sample_networks import NETWORKS, settled
 
 from edgecompress.errors import BadFileError, EdgeCompressError, GoalMissedError, UnknownNameError, UsageError
 from edgecompress.exporters import formats
-from edgecompress.exporters.formats import EXPORTERS, ExportSource, export
+from edgecompress.exporters.formats import EXPORTERS, export
 from edgecompress.exporters.interface import Interface
 from edgecompress.exporters.quantized_file import load_quantized, save_graph, save_quantized
 from edgecompress.exporters.runners import OnnxRuntimeRunner, has_vnni, is_x86
+from edgecompress.exporters.source import ExportSource
 from edgecompress.exporters.to_onnxruntime import integer_model
 from edgecompress.exporters.verify import Checks, agreement
 from edgecompress.files import file_sha256, sha256

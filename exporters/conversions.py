@@ -1,0 +1,103 @@
+"""Files of other formats made from a finished ONNX model, each proven in the runtime that will run it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edgecompress.errors import UsageError
+from edgecompress.exporters.emulate import emulate
+from edgecompress.exporters.runners import OnnxRuntimeRunner, run_all
+from edgecompress.exporters.source import ExportSource
+from edgecompress.exporters.verify import Checks, agreement, relative_error
+from edgecompress.quantize import QuantizedGraph, TensorRange
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Files of another format made from a proven ONNX model, by name, and the proof that they compute the same."""
+
+    files: Mapping[str, bytes]
+    checks: Checks
+    oldest_runtime: str
+
+
+def optimised(source: ExportSource, model: bytes, check: bool, *, name: str) -> Converted:
+    """What ONNX Runtime optimised ahead, as ``name``."""
+    import onnxruntime
+
+    from edgecompress.exporters import to_ort_format
+
+    data = to_ort_format.optimised(model, ort_format=name.endswith(".ort"))
+    images = source.interface.images(source.images, source.preprocessing)
+    checks = to_ort_format.check_same(data, model, images) if check else Checks()
+    return Converted({name: data}, checks, f"ONNX Runtime {onnxruntime.__version__}")
+
+
+def ncnn(source: ExportSource, model: bytes, check: bool) -> Converted:
+    """Both files of ncnn, compared with ONNX Runtime."""
+    from edgecompress.exporters import to_ncnn
+    from edgecompress.exporters.more_runners import NcnnRunner
+
+    files = to_ncnn.convert(model, source.graph.shapes[source.graph.inputs[0]])
+    checks = Checks()
+    if check:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, content in files.items():
+                (Path(folder) / name).write_bytes(content)
+            runner = NcnnRunner(Path(folder) / to_ncnn.PARAM)
+            found = run_all(runner, source.images)
+        wanted = run_all(OnnxRuntimeRunner(model), source.images)
+        error = relative_error(found.reshape(wanted.shape), wanted)
+        checks.require(error < 1e-3, "ncnn_error", error, f"ncnn's outputs differ by {error:.2%} from ONNX Runtime's")
+    return Converted(files, checks, f"ncnn {version('ncnn')}")
+
+
+def executorch(source: ExportSource, model: bytes, check: bool) -> Converted:
+    """A ``.pte`` of integers; of floats where the run holds none, or where XNNPACK takes not all and floats are allowed."""
+    from edgecompress.exporters import to_executorch
+    from edgecompress.exporters.more_runners import ExecuTorchRunner
+
+    image, checks = torch.from_numpy(source.images[:1]), Checks()
+    wanted, limit, data = run_all(OnnxRuntimeRunner(model), source.images), 1e-3, None
+    if source.quantized is not None:
+        with torch.no_grad():
+            exact = emulate(source.quantized, torch.from_numpy(source.images)).numpy()
+        data = _integer_program(source.quantized, float(np.abs(exact).max()), image, source.interface.allow_float)
+    checks.values["integers"] = data is not None
+    if data is not None:
+        wanted, limit = exact, 0.1
+    else:
+        data, left = to_executorch.program(to_executorch.FloatNetwork(source.graph), image)
+        checks.values["left_to_portable_kernels"] = ", ".join(left) or "nothing"
+    if check:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.pte"
+            path.write_bytes(data)
+            found = checks.outputs = run_all(ExecuTorchRunner(path), source.images)
+        error = relative_error(found, wanted)
+        same = agreement(found, wanted, class_scores=source.task.class_scores)
+        checks.require(error < limit, "executorch_error", error, f"ExecuTorch's outputs differ by {error:.1%}")
+        checks.require(same >= 0.9, "executorch_agreement", same, f"only {same:.1%} of ExecuTorch's answers are right")
+    return Converted({"model.pte": data}, checks, f"ExecuTorch {version('executorch')}")
+
+
+def _integer_program(quantized: QuantizedGraph, largest: float, image: torch.Tensor, allow_float: bool) -> bytes | None:
+    """The integer program, or None where XNNPACK does not take all of it and that is allowed."""
+    from edgecompress.exporters import to_executorch
+
+    scores = TensorRange(max(largest, 1e-6) / 127, 8, True)
+    try:
+        data, left = to_executorch.program(to_executorch.IntegerNetwork(quantized, scores), image)
+        why = f"XNNPACK does not take {', '.join(left)} of the integer network." if left else ""
+    except UsageError as error:
+        why = str(error)
+    if why and not allow_float:
+        raise UsageError(f"{why} Export with --allow-float for a float program.")
+    return None if why else data
