@@ -424,6 +424,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], help="a network such as resnet18; may be repeated")
     parser.add_argument("--phase", choices=("export", "load", "time", "report"), help="only this part")
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "export_matrix", help="where cells are kept")
+    parser.add_argument("--note", default="", help="a word on the conditions, for the page")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--policy", action="append", default=[], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -454,6 +455,8 @@ def main() -> None:
             if (cache / f"load-{policy}.json").exists()
         }
         judge(bench, {key: json.loads(path.read_text()) for key, path in paths.items() if path.exists()}, loads)
+        if arguments.note:
+            bench.details["conditions"] = arguments.note
         bench.write()
 
 
