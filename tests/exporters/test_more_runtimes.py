@@ -95,6 +95,7 @@ def test_missing_runtime_says_what_to_install(suffix, module, extra, tmp_path, m
 
 
 @needs_executorch
+@pytest.mark.filterwarnings("ignore")  # its interface calls itself experimental
 @pytest.mark.slow
 def test_executorch_program_computes_integers_or_says_why_not(tmp_path, monkeypatch):
     artifact = export(make_source("residual"), "executorch", tmp_path)
