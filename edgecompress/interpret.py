@@ -149,9 +149,14 @@ def run(
         BadModelError: the graph has an operator that is not in `OPERATORS`.
     """
     values: dict[str, Tensor] = {graph.inputs[0]: on_value(graph.inputs[0], x)}
-    for node in graph.nodes:
+    last = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
+    for index, node in enumerate(graph.nodes):
         arguments = [values.get(name, constants.get(name)) if name else None for name in node.inputs]
         values[node.outputs[0]] = on_value(node.outputs[0], apply(node, arguments))
+        del arguments
+        for name in node.inputs:  # memory that is used again is still in the cache
+            if last[name] == index and name not in graph.outputs:
+                values.pop(name, None)
     return values[graph.outputs[0]]
 
 

@@ -1,14 +1,14 @@
-"""Fake quantisation on the internal graph: where values are quantised, calibration, bits per layer, learned step sizes."""
+"""Fake quantisation on the internal graph: where values are quantised, calibration, bits per layer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgecompress.errors import BadDataError
 from edgecompress.graph import Graph, Node
@@ -260,7 +260,9 @@ class Simulator:
         self.graph = graph
         self.calibration = calibration
         self.points = find_points(graph)
+        self._walked = without_absorbed(graph, self.points)
         self._constants = float_constants(graph)
+        self.floats = {name: channels_last(value) for name, value in self._constants.items()}
         self._weights: dict[tuple[str, int], QuantizedWeight] = {}
         self._dequantized: dict[tuple[str, int], Tensor] = {}
 
@@ -300,7 +302,7 @@ class Simulator:
 
     def constants(self, choices: Mapping[str, LayerChoice]) -> dict[str, Tensor]:
         """The graph's constants with fake-quantised weights and int32-rounded biases."""
-        constants = dict(self._constants)
+        constants = dict(self.floats)
         ranges = self.ranges(choices)
         for layer in self.graph.layers:
             bits = _choice(choices, layer.name).weight_bits
@@ -309,7 +311,7 @@ class Simulator:
             quantized = self.weight(layer, bits)
             key = (layer.name, bits)
             if key not in self._dequantized:
-                self._dequantized[key] = dequantize(quantized)
+                self._dequantized[key] = channels_last(dequantize(quantized))
             constants[layer.inputs[1]] = self._dequantized[key]
             if len(layer.inputs) > 2 and layer.inputs[2]:
                 bias = self._constants[layer.inputs[2]]
@@ -318,8 +320,13 @@ class Simulator:
 
     def __call__(self, x: Tensor, choices: Mapping[str, LayerChoice]) -> Tensor:
         """Fake-quantised outputs for normalised images ``[N, C, H, W]``."""
-        ranges = self.ranges(choices)
-        return run(self.graph, x, self.constants(choices), lambda name, value: fake_quantize(value, ranges.get(name)))
+        with torch.no_grad():
+            return run_quantized(self._walked, x, self.constants(choices), self.ranges(choices), self.points)
+
+    def forward(self, choices: Mapping[str, LayerChoice]) -> Callable[[Tensor], Tensor]:
+        """`__call__` at fixed bits: nothing is prepared again from batch to batch."""
+        constants, ranges = self.constants(choices), self.ranges(choices)
+        return torch.no_grad()(lambda x: run_quantized(self._walked, x, constants, ranges, self.points))
 
 
 def _choice(choices: Mapping[str, LayerChoice], layer: str) -> LayerChoice:
@@ -333,118 +340,59 @@ def dequantize(weight: QuantizedWeight) -> Tensor:
     return values * torch.from_numpy(weight.scale).view(-1, *(1,) * (values.dim() - 1))
 
 
-def fake_quantize(value: Tensor, how: TensorRange | None) -> Tensor:
-    """Round ``value`` to the grid of ``how``; None leaves it alone."""
+def fake_quantize(value: Tensor, how: TensorRange | None, *, in_place: bool = False) -> Tensor:
+    """Round ``value`` to the grid of ``how``; None leaves it alone.
+
+    Four passes, not torch's fused operator: that one writes a mask for its gradient, too, and takes three times as long.
+    """
     if how is None:
         return value
     low, high = how.limits
-    return torch.fake_quantize_per_tensor_affine(value, how.scale, 0, low, high)
+    scale = np.float32(how.scale)
+    scaled = value.mul_ if in_place else value.mul
+    return scaled(float(1 / scale)).round_().clamp_(low, high).mul_(float(scale))
 
 
-class LearnedSteps(nn.Module):
-    """The quantised network as a trainable module: weights, biases and step sizes learn together (LSQ, Esser 2020).
+def without_absorbed(graph: Graph, points: Points) -> Graph:
+    """``graph`` without activations whose quantised result saturates where they would clip: the same numbers, one pass less.
 
-    Weights that are zero in the graph (element-wise pruned) stay zero. `finished` gives the trained `QuantizedGraph`.
+    Values are also quantised only where their grid begins, so pooled and reshaped ones are not rounded twice.
     """
-
-    def __init__(self, quantized: QuantizedGraph) -> None:
-        super().__init__()
-        self._start = quantized
-        self._points = find_points(quantized.graph)
-        graph = quantized.graph
-        self._names = {name: f"p{number}" for number, name in enumerate(graph.constants)}
-        self.constants = nn.ParameterDict()
-        self.steps = nn.ParameterDict()
-        trained = {name for layer in graph.layers for name in layer.inputs[1:] if name}
-        for name, constant in float_constants(graph).items():
-            self.constants[self._names[name]] = nn.Parameter(constant.clone(), requires_grad=name in trained)
-        self._masks = {layer.name: torch.from_numpy(graph.constants[layer.inputs[1]] != 0) for layer in graph.layers}
-        self._step_names: dict[str, str] = {}
-        self._ends = {value: clip_limit(graph, graph.producer(value)) for value in self._points.signed}
-        for layer, weight in quantized.weights.items():
-            self._add_step(f"w:{layer}", torch.from_numpy(weight.scale.copy()))
-        for value, owner in self._points.owner.items():
-            if value == owner:
-                self._add_step(f"a:{owner}", torch.tensor(quantized.tensors[owner].scale))
-
-    def _add_step(self, key: str, value: Tensor) -> None:
-        self._step_names[key] = f"s{len(self._step_names)}"
-        self.steps[self._step_names[key]] = nn.Parameter(value.log())
-
-    def _step(self, key: str) -> Tensor:
-        # Learned in the logarithm, so that a step stays positive and moves in proportion to itself.
-        step: Tensor = self.steps[self._step_names[key]].exp()
-        kind, _, owner = key.partition(":")
-        if kind != "a":
-            return step
-        reach, end = self._points.reach.get(owner), self._ends.get(owner)
-        if reach is not None:
-            return step + (reach / steps_to(reach, step.item()) - step).detach()
-        return step if end is None else step.clamp(max=end / self._start.tensors[owner].limits[1])
-
-    def forward(self, x: Tensor) -> Tensor:
-        graph = self._start.graph
-        constants: dict[str, Tensor] = {name: self.constants[key] for name, key in self._names.items()}
-        for layer in graph.layers:
-            if layer.name not in self._start.weights:
-                continue
-            high = 2 ** (self._start.weights[layer.name].bits - 1) - 1
-            weight = constants[layer.inputs[1]] * self._masks[layer.name]
-            step = self._step(f"w:{layer.name}").view(-1, *(1,) * (weight.dim() - 1))
-            constants[layer.inputs[1]] = _round_to_grid(weight, step, -high, high)
-            owner = self._points.layer_input.get(layer.name)
-            if owner is not None and len(layer.inputs) > 2 and layer.inputs[2]:
-                # The artifact rounds biases to int32 at scale_x * scale_w: training sees the same.
-                grid = (self._step(f"w:{layer.name}") * self._step(f"a:{owner}")).detach()
-                bias = constants[layer.inputs[2]]
-                constants[layer.inputs[2]] = bias + ((bias / grid).round() * grid - bias).detach()
-
-        def on_grid(name: str, value: Tensor) -> Tensor:
-            owner = self._points.owner.get(name)
-            if owner is None:
-                return value
-            low, high = self._start.tensors[name].limits
-            return _round_to_grid(value, self._step(f"a:{owner}"), low, high)
-
-        return run(graph, x, constants, on_grid)
-
-    def finished(self) -> QuantizedGraph:
-        """The trained integers, steps and biases."""
-        graph = self._start.graph
-        constants = {name: self.constants[key].detach().numpy().copy() for name, key in self._names.items()}
-        weights = dict(self._start.weights)
-        with torch.no_grad():
-            for layer in graph.layers:
-                if layer.name not in weights:
-                    continue
-                bits = weights[layer.name].bits
-                high = 2 ** (bits - 1) - 1
-                step = self._step(f"w:{layer.name}")
-                weight = torch.from_numpy(constants[layer.inputs[1]]) * self._masks[layer.name]
-                values = (weight / step.view(-1, *(1,) * (weight.dim() - 1))).round().clamp(-high, high)
-                weights[layer.name] = QuantizedWeight(
-                    values.to(torch.int8).numpy(), step.numpy().astype(np.float32), bits
-                )
-                constants[layer.inputs[1]] = weight.numpy()
-            tensors = {
-                value: replace(self._start.tensors[value], scale=float(np.float32(self._step(f"a:{owner}").item())))
-                for value, owner in self._points.owner.items()
-            }
-        return QuantizedGraph(replace(graph, constants=constants), tensors, weights, self._start.half)
+    nodes = tuple(
+        replace(node, op="Identity", inputs=node.inputs[:1])
+        if is_fused_activation(graph, node) and points.owner.get(node.outputs[0]) == node.outputs[0]
+        else node
+        for node in graph.nodes
+    )
+    return replace(graph, nodes=nodes)
 
 
-def _round_to_grid(value: Tensor, step: Tensor, low: int, high: int) -> Tensor:
-    """Rounding with the straight-through gradient for ``value`` and LSQ's gradient for ``step`` (Esser 2020, eq. 3)."""
-    damp = 1.0 / (value.numel() / max(step.numel(), 1) * high) ** 0.5
-    step = step * damp + (step - step * damp).detach()
-    scaled = (value / step).clamp(low, high)
-    return ((scaled.round() - scaled).detach() + scaled) * step
+def run_quantized(
+    graph: Graph, x: Tensor, constants: Mapping[str, Tensor], ranges: Mapping[str, TensorRange], points: Points
+) -> Tensor:
+    """Fake-quantised outputs for ``x [N, C, H, W]``; ``graph`` is `without_absorbed`, ``constants`` are rounded."""
+    first = graph.inputs[0]
+
+    def on_grid(name: str, value: Tensor) -> Tensor:
+        if points.owner.get(name) != name:
+            return value
+        return fake_quantize(
+            value, ranges.get(name), in_place=name != first
+        )  # what a node just computed is nobody else's
+
+    return run(graph, channels_last(x), constants, on_grid)
+
+
+def channels_last(value: Tensor) -> Tensor:
+    """Images and weights as convolutions read them fastest."""
+    return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
 
 
 def simulate(quantized: QuantizedGraph, x: Tensor) -> Tensor:
     """Float fake quantisation of a finished `QuantizedGraph`, for normalised images ``[N, C, H, W]``."""
-    constants = rounded_constants(quantized)
-    return run(quantized.graph, x, constants, lambda name, value: fake_quantize(value, quantized.tensors.get(name)))
+    points = find_points(quantized.graph)
+    constants = {name: channels_last(value) for name, value in rounded_constants(quantized).items()}
+    return run_quantized(without_absorbed(quantized.graph, points), x, constants, quantized.tensors, points)
 
 
 def rounded_constants(quantized: QuantizedGraph) -> dict[str, Tensor]:

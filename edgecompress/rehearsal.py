@@ -20,10 +20,11 @@ from edgecompress.cost import LatencyModel
 from edgecompress.envs import PolicyEnv, SearchSpace
 from edgecompress.exporters.sizes import PlannedSize
 from edgecompress.finetune import TrainSettings, train
+from edgecompress.learned_steps import LearnedSteps
 from edgecompress.pipeline import at_8_bits, calibration_batches, saved_graph
 from edgecompress.progress import Progress
 from edgecompress.prune import importance_by_name, prune
-from edgecompress.quantize import LearnedSteps, Simulator, calibrate
+from edgecompress.quantize import Simulator, calibrate
 from edgecompress.spec import CompressionPolicy, Frozen, LayerChoice, Stage, Trial
 from edgecompress.stages import SHORT_EPOCHS, Job, bits_of, channels_of, prune_stage, quantize_stage
 from edgecompress.variational import kl_penalty, with_noise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from edgecompress.files import read_document, write_document
-from edgecompress.interpret import float_constants, run
-from edgecompress.quantize import BITS, Simulator, dequantize, fake_quantize
+from edgecompress.interpret import run
+from edgecompress.quantize import BITS, Simulator, channels_last, dequantize, fake_quantize
 from edgecompress.spec import Document
 
 What = Literal["weight", "activation"]
@@ -34,37 +34,44 @@ class Sensitivities(Document):
         return rising
 
 
-def sensitivities(simulator: Simulator, batches: Iterable[Tensor], cache: Path | None = None) -> Sensitivities:
+def sensitivities(
+    simulator: Simulator,
+    batches: Iterable[Tensor],
+    cache: Path | None = None,
+    what: Sequence[What] = ("weight", "activation"),
+) -> Sensitivities:
     """Measure every layer at every bit-width, or read what was measured before.
 
     Args:
         batches: normalised images ``[N, C, H, W]``.
         cache: a JSON file that belongs to this network and these images.
+        what: the tables that are wanted; another stays empty.
 
     Raises:
         BadFileError: the cache is broken.
     """
     if cache is not None and cache.exists():
         return read_document(cache, Sensitivities, "sensitivities")
-    found = _measured(simulator, list(batches))
+    found = _measured(simulator, list(batches), what)
     if cache is not None:
         write_document(cache, found)
     return found
 
 
-def _measured(simulator: Simulator, batches: list[Tensor]) -> Sensitivities:
+def _measured(simulator: Simulator, batches: list[Tensor], what: Sequence[What]) -> Sensitivities:
     graph, points = simulator.graph, simulator.points
-    constants = float_constants(graph)
+    constants = simulator.floats
+    batches = [channels_last(x) for x in batches]
     layers = [layer for layer in graph.layers if layer.name in points.layer_input]
     weight: dict[str, dict[int, float]] = {layer.name: {} for layer in layers}
     inputs: dict[str, dict[int, float]] = {}
     with torch.no_grad():
         answers = [run(graph, x, constants) for x in batches]
-        for layer in layers:
+        for layer in layers if "weight" in what else ():
             for bits in BITS:
-                rounded = constants | {layer.inputs[1]: dequantize(simulator.weight(layer, bits))}
+                rounded = constants | {layer.inputs[1]: channels_last(dequantize(simulator.weight(layer, bits)))}
                 weight[layer.name][bits] = _divergence(answers, [run(graph, x, rounded) for x in batches])
-        for owner in dict.fromkeys(points.layer_input.values()):
+        for owner in dict.fromkeys(points.layer_input.values()) if "activation" in what else ():
             inputs[owner] = {}
             for bits in BITS:
                 how = simulator.range(owner, bits)
@@ -72,7 +79,11 @@ def _measured(simulator: Simulator, batches: list[Tensor]) -> Sensitivities:
                     fake_quantize(value, how) if points.owner.get(name) == owner else value
                 )
                 inputs[owner][bits] = _divergence(answers, [run(graph, x, constants, on_value) for x in batches])
-    activation = {layer.name: inputs[points.layer_input[layer.name]] for layer in layers}
+    activation = {
+        layer.name: inputs[points.layer_input[layer.name]]
+        for layer in layers
+        if points.layer_input[layer.name] in inputs
+    }
     return Sensitivities(images=sum(len(x) for x in batches), weight=weight, activation=activation)
 
 

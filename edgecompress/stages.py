@@ -19,10 +19,11 @@ from edgecompress.errors import BadModelError, GoalMissedError
 from edgecompress.exporters.sizes import FileSize
 from edgecompress.finetune import TrainSettings, accuracy_and_loss, train
 from edgecompress.graph import Graph
+from edgecompress.learned_steps import LearnedSteps
 from edgecompress.posttraining import bias_corrected
 from edgecompress.progress import Progress
 from edgecompress.prune import importance_by_name, prune, reestimate_batchnorm
-from edgecompress.quantize import Calibration, LearnedSteps, QuantizedGraph, Simulator, simulate
+from edgecompress.quantize import Calibration, QuantizedGraph, Simulator, simulate
 from edgecompress.reward import reward_by_name
 from edgecompress.runs import RunFolder
 from edgecompress.search import SearchSettings, search, top
@@ -319,7 +320,7 @@ def quantize_stage(
     _note_floats(job, simulator)
 
     def forward(policy: CompressionPolicy) -> Callable[[Tensor], Tensor]:
-        return lambda x: simulator(x, policy.layers)
+        return simulator.forward(policy.layers)
 
     def evaluate(policy: CompressionPolicy) -> Outcome:
         return Outcome(*accuracy_and_loss(forward(policy), job.data, job.data.search_val))

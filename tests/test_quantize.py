@@ -12,9 +12,9 @@ from edgecompress.errors import BadDataError, BadModelError
 from edgecompress.finetune import TrainSettings, train
 from edgecompress.graph import build_graph, read_graph
 from edgecompress.interpret import float_constants, run
+from edgecompress.learned_steps import LearnedSteps
 from edgecompress.quantize import (
     BITS,
-    LearnedSteps,
     Simulator,
     TensorRange,
     calibrate,

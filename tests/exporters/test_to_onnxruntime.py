@@ -17,7 +17,8 @@ from edgecompress.exporters.to_onnxruntime import gate_steps, grid, int32_bias, 
 from edgecompress.exporters.verify import FLOAT_OPS, agreement, fusion_report, optimised_operators
 from edgecompress.graph import build_graph
 from edgecompress.latency_tables.targets import target_by_name
-from edgecompress.quantize import LearnedSteps, QuantizedGraph, calibrate, find_points, simulate
+from edgecompress.learned_steps import LearnedSteps
+from edgecompress.quantize import QuantizedGraph, calibrate, find_points, simulate
 from edgecompress.spec import CompressionPolicy, LayerChoice
 from edgecompress.trace import trace
 
