@@ -78,6 +78,20 @@ from edgecompress.cli.flags import switch
 )  # fmt: skip
 @switch("equalise", help="Balance the channels between layers before calibration (for depthwise networks).")
 @switch("bias-correction", help="Move biases by what quantisation shifts their channels, where that does not lose.")
+@switch("learned-rounding", help="Choose the rounding of every weight for what its layer answers (AdaRound).")
+@click.option(
+    "--pin-bits", default="", metavar="LAYER=BITS,...",
+    help="Layers whose weights and input keep these bits, by name; first and last stand for those layers.",
+)  # fmt: skip
+@click.option(
+    "--alternate", type=click.IntRange(min=0), default=0, show_default=True,
+    help="How often stage 1 is opened again at the bits that stage 2 chose, and stage 2 behind it.",
+)  # fmt: skip
+@switch("free-activations", help="Search the bits of activations although no budget asks for it.")
+@click.option(
+    "--reward-steps", type=click.IntRange(min=0), default=0, show_default=True,
+    help="Training steps that every policy of stage 2 gets before it is measured.",
+)  # fmt: skip
 @click.option(
     "--qat-epochs", type=click.IntRange(min=0), default=5, show_default=True, help="Quantisation-aware training."
 )

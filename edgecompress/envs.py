@@ -238,18 +238,27 @@ def channel_space(
     )
 
 
-def bitwidth_space(
+def bitwidth_space(  # noqa: PLR0913 (what may be chosen, and what it costs)
     network: Network,
     pruned: CompressionPolicy,
     shared_inputs: Sequence[Sequence[str]],
     target: Target,
     cost: CostModel,
     limits: Sequence[Limit],
+    *,
+    pinned: Mapping[str, int] | None = None,
+    free_activations: bool = False,
+    sensitivity: Mapping[str, Sequence[float]] | None = None,
 ) -> SearchSpace:
     """Stage 2: two actions per layer, the bits of its weights and of its input; layers that share an input are tied.
 
     ``pruned`` is stage 1's policy: channels and elements stay as it says. ``shared_inputs`` names the quantisable layers,
     those that read one tensor together; a layer of the network that is not named stays float.
+
+    Args:
+        pinned: layers whose weights and input have these bits; an input that is shared is pinned for all that read it.
+        free_activations: search activation bits although no budget asks for fewer.
+        sensitivity: numbers of every layer for the agent to see, such as KL divergences at a few bit-widths.
     """
     named = {name for group in shared_inputs for name in group}
     layers = [layer.name for layer in network.layers if layer.name in named]
@@ -270,15 +279,32 @@ def bitwidth_space(
 
     return SearchSpace(
         names=tuple(f"{name}:{what}" for name in layers for what in ("weight", "activation")),
-        levels=tuple(levels for _ in layers for levels in (target.weight_bits, target.activation_bits)),
+        levels=_bit_levels(layers, shared_inputs, target, pinned or {}),
         steps=tuple((2 * i, 2 * i + 1) for i in range(len(layers))),
-        features=_layer_features(network, pruned.keep_channels, named),
+        features=_layer_features(network, pruned.keep_channels, named, sensitivity or {}),
         to_policy=to_policy,
         cost=cost,
         limits=tuple(limits),
         tied=tuple(tuple(2 * index[name] + 1 for name in group) for group in shared_inputs if len(group) > 1),
         # No runtime of ours is faster below 8 activation bits, and the file does not shrink: only a bops budget asks.
-        only_if_asked=frozenset(2 * i + 1 for i in range(len(layers))),
+        only_if_asked=frozenset(() if free_activations else (2 * i + 1 for i in range(len(layers)))),
+    )
+
+
+def _bit_levels(
+    layers: Sequence[str], shared_inputs: Sequence[Sequence[str]], target: Target, pinned: Mapping[str, int]
+) -> tuple[tuple[int, ...], ...]:
+    """Levels of weights and input of every layer; where two pins meet at one input, the larger counts."""
+    inputs = {
+        name: max(pinned[other] for other in group if other in pinned)
+        for group in shared_inputs
+        if any(other in pinned for other in group)
+        for name in group
+    }
+    return tuple(
+        (bits[name],) if name in bits else levels
+        for name in layers
+        for bits, levels in ((pinned, target.weight_bits), (inputs, target.activation_bits))
     )
 
 
@@ -304,7 +330,9 @@ def _group_features(network: Network, original: Cost) -> NDArray[np.float32]:
     return _scaled(list(zip(*rows, strict=True)))
 
 
-def _layer_features(network: Network, keep_channels: Mapping[str, int], named: set[str]) -> NDArray[np.float32]:
+def _layer_features(
+    network: Network, keep_channels: Mapping[str, int], named: set[str], sensitivity: Mapping[str, Sequence[float]]
+) -> NDArray[np.float32]:
     widths = network.widths | dict(keep_channels)
     rows = []
     for number, layer in enumerate(layer for layer in network.layers if layer.name in named):
@@ -312,6 +340,7 @@ def _layer_features(network: Network, keep_channels: Mapping[str, int], named: s
         rows.append([
             number, layer.kind == "depthwise", inputs, outputs, layer.kernel[0], layer.stride[0], layer.input_hw[0],
             layer_macs(layer, inputs, outputs), layer_params(layer, inputs, outputs), layer.kind == "linear",
+            *sensitivity.get(layer.name, ()),
         ])  # fmt: skip
     return _scaled(list(zip(*rows, strict=True)))
 

@@ -120,7 +120,7 @@ class LearnedSteps(nn.Module):
 def _round_to_grid(value: Tensor, step: Tensor, low: int, high: int) -> Tensor:
     """Rounding with the straight-through gradient for ``value`` and LSQ's gradient for ``step`` (Esser 2020, eq. 3)."""
     damp = 1.0 / (value.numel() / max(step.numel(), 1) * high) ** 0.5
-    result: Tensor = _RoundToGrid.apply(value, step, low, high, damp)  # type: ignore[no-untyped-call]
+    result: Tensor = _RoundToGrid.apply(value, step, low, high, damp)
     return result
 
 

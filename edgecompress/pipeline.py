@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from edgecompress.bit_stage import quantize_stage
 from edgecompress.cost import LatencyModel, count, kernels
 from edgecompress.data import Dataset, Split, load_data
 from edgecompress.describe import GraphModule, graph_of, traced_of
@@ -25,15 +27,16 @@ from edgecompress.exporters.sizes import PlannedSize
 from edgecompress.exporters.source import ExportSource
 from edgecompress.exporters.to_onnx import float_model
 from edgecompress.files import write_bytes, write_document
+from edgecompress.finetune import accuracy_and_loss
 from edgecompress.graph import Graph, read_graph
 from edgecompress.latency_tables.half import faster_in_half
 from edgecompress.latency_tables.predict import latency_model
 from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.options import label, resolve, run_name
 from edgecompress.original import answered, class_names, original_network, preprocessing_of
-from edgecompress.posttraining import equalised
+from edgecompress.posttraining import equalised, without_upper_ends
 from edgecompress.progress import Progress, Silent
-from edgecompress.quantize import QuantizedGraph, Simulator, calibrate
+from edgecompress.quantize import QuantizedGraph, Simulator, calibrate, simulate
 from edgecompress.report import report_on, write_report
 from edgecompress.runs import ORIGINAL, ORIGINAL_INT8, RunFolder, opened
 from edgecompress.spec import (
@@ -48,7 +51,7 @@ from edgecompress.spec import (
     parse_budgets,
 )
 from edgecompress.splits import checked
-from edgecompress.stages import Job, limits_for, prune_stage, quantize_stage, recover
+from edgecompress.stages import Job, limits_for, prune_stage, recover
 from edgecompress.tasks import AGREEMENT, task_by_name
 from edgecompress.threads import torch_threads
 
@@ -130,6 +133,7 @@ def compress(  # noqa: PLR0913 (the public call: everything beyond what, where a
         policy, arms = pruned, {"prune": arm}
         if job.integer:
             policy, arms["quantize"] = _stage_two(job, graph, pruned, latency)
+            policy, arms = _alternated(job, policy, arms, latency, size)
         write_document(
             run.file("policy.json"),
             policy.model_copy(update={"provenance": {f"found_by_{k}": v for k, v in arms.items()}}),
@@ -337,7 +341,7 @@ def _stage_two(
     job: Job, graph: Graph, pruned: CompressionPolicy, latency: LatencyModel
 ) -> tuple[CompressionPolicy, str]:
     if job.config.equalise:
-        graph = equalised(graph)
+        graph = equalised(without_upper_ends(graph, calibration_batches(job.data)))
     for text in calibration_warnings(job.data):
         job.progress.note(text)
     calibration = calibrate(graph, calibration_batches(job.data), ranges=job.config.ranges)
@@ -345,6 +349,45 @@ def _stage_two(
     quantized, policy, arm = quantize_stage(job, graph, calibration, pruned, latency, base)
     save_quantized(job.run.file("quantized.safetensors"), quantized)
     return policy, arm
+
+
+def _alternated(
+    job: Job, policy: CompressionPolicy, arms: dict[str, str], latency: LatencyModel, size: PlannedSize
+) -> tuple[CompressionPolicy, dict[str, str]]:
+    """Open stage 1 again with stage 2's bits in its prices, and stage 2 behind it, ``alternate`` times; the best stays.
+
+    Every round works in a folder of its own. One that does better on select-val takes the run's place.
+    """
+    if not job.config.alternate or "prune" not in job.config.stages:
+        return policy, arms
+    best = _select_val(job)
+    texts = [f"two stages {job.data.task.about.text(best[0])}"]
+    bits = policy
+    for number in range(1, job.config.alternate + 1):
+        folder = RunFolder(job.run.path / f"alternation-{number}")
+        folder.path.mkdir(exist_ok=True)
+        planned = {
+            name: LayerChoice(weight_bits=choice.weight_bits, activation_bits=choice.activation_bits)
+            for name, choice in bits.layers.items()
+        }
+        again = replace(job, run=folder, bits=planned)
+        pruned, smaller, arm = _stage_one(again, latency, size.at_known_bits())
+        graph = saved_graph(again, smaller, pruned)
+        bits, bits_arm = _stage_two(replace(again, bits={}), graph, pruned, latency)
+        found = _select_val(again)
+        texts.append(f"alternation {number} {job.data.task.about.text(found[0])}")
+        if found > best:
+            best, policy, arms = found, bits, {"prune": arm, "quantize": bits_arm}
+            for name in ("graph.onnx", "quantized.safetensors", "model.safetensors", "arch.json"):
+                write_bytes(job.run.file(name), folder.file(name).read_bytes())
+    job.progress.note(f"select-val after {', '.join(texts)}: the best is exported")
+    return policy, arms
+
+
+def _select_val(job: Job) -> tuple[float, float]:
+    """Score and negative loss of a run's integers, so that the larger is the better one."""
+    score, loss = accuracy_and_loss(partial(simulate, job.run.quantized()), job.data, job.data.select_val)
+    return score, -loss
 
 
 def formats_for(job: Job) -> tuple[str, ...]:

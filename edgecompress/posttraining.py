@@ -13,7 +13,7 @@ from torch import Tensor
 from edgecompress.errors import BadDataError
 from edgecompress.graph import LAYER_OPS, Array, Graph, Node
 from edgecompress.interpret import float_constants, run
-from edgecompress.quantize import QuantizedGraph, fake_quantize, rounded_constants
+from edgecompress.quantize import QuantizedGraph, clip_limit, fake_quantize, rounded_constants
 
 # Scaling a channel by s > 0 before one of these scales it by s behind it. A Clip (ReLU6) is not among them: its end stays.
 _HOMOGENEOUS = ("Relu", "MaxPool", "AveragePool", "GlobalAveragePool", "Flatten", "Identity")
@@ -81,6 +81,37 @@ def equalised(graph: Graph, *, passes: int = 20) -> Graph:
         if furthest < 1.01:
             break
     return replace(graph, constants=constants)
+
+
+def without_upper_ends(graph: Graph, batches: Iterable[Tensor], *, share: float = 1e-3) -> Graph:
+    """ReLU6 becomes ReLU where no more than ``share`` of the values lies above its end (Nagel 2019, section 5.1.1).
+
+    Equalisation passes through a ReLU only. The float network changes by what the few clipped values were clipped.
+
+    Args:
+        batches: normalised calibration images ``[N, C, H, W]``.
+    """
+    ends = {node.inputs[0]: end for node in graph.nodes if (end := clip_limit(graph, node)) is not None}
+    above, seen = Counter[str](), Counter[str]()
+
+    def watch(name: str, value: Tensor) -> Tensor:
+        if name in ends:
+            above[name] += int((value > ends[name]).sum())
+            seen[name] += value.numel()
+        return value
+
+    constants = float_constants(graph)
+    with torch.no_grad():
+        for x in batches:
+            run(graph, x, constants, watch)
+    rarely = {name for name in ends if seen[name] and above[name] <= share * seen[name]}
+    nodes = tuple(
+        replace(node, op="Relu", inputs=node.inputs[:1], attributes={})
+        if node.inputs[0] in rarely and clip_limit(graph, node) is not None
+        else node
+        for node in graph.nodes
+    )
+    return replace(graph, nodes=nodes)
 
 
 def _balance(pair: Pair, constants: dict[str, Array]) -> float:

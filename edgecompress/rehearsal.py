@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from edgecompress.agents import make_agent
+from edgecompress.bit_stage import bits_of, quantize_stage
 from edgecompress.cost import LatencyModel
 from edgecompress.envs import PolicyEnv, SearchSpace
 from edgecompress.exporters.sizes import PlannedSize
@@ -26,7 +27,7 @@ from edgecompress.progress import Progress
 from edgecompress.prune import importance_by_name, prune
 from edgecompress.quantize import Simulator, calibrate
 from edgecompress.spec import CompressionPolicy, Frozen, LayerChoice, Stage, Trial
-from edgecompress.stages import SHORT_EPOCHS, Job, bits_of, channels_of, prune_stage, quantize_stage
+from edgecompress.stages import SHORT_EPOCHS, Job, channels_of, prune_stage
 from edgecompress.variational import kl_penalty, with_noise
 
 TIMED_EPISODES = 2

@@ -370,6 +370,11 @@ class Config(Document):
     ranges: str = "mse"
     equalise: bool = False
     bias_correction: bool = False
+    learned_rounding: bool = False
+    pin_bits: str = ""
+    free_activations: bool = False
+    alternate: int = Field(default=0, ge=0)
+    reward_steps: int = Field(default=0, ge=0)
     qat_epochs: int = Field(default=5, ge=0)
     learning_rate: float = Field(default=0.02, gt=0)
     batch_size: int = Field(default=64, ge=2)

@@ -1,10 +1,10 @@
-"""The two stages as functions: a network and a budget go in, a policy and a trained smaller network come out."""
+"""Stage 1 as functions, and what both stages share: a network and a budget go in, a policy and a smaller network come out."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,20 +14,14 @@ from torch import Tensor, nn
 from edgecompress.baselines import Tables
 from edgecompress.cost import CostModel, LatencyModel, SizeModel, count
 from edgecompress.data import Dataset, Split
-from edgecompress.envs import Evaluator, Limit, Outcome, SearchSpace, bitwidth_space, channel_space
+from edgecompress.envs import Evaluator, Limit, Outcome, SearchSpace, channel_space
 from edgecompress.errors import BadModelError, GoalMissedError
-from edgecompress.exporters.sizes import FileSize
 from edgecompress.finetune import TrainSettings, accuracy_and_loss, train
-from edgecompress.graph import Graph
-from edgecompress.learned_steps import LearnedSteps
-from edgecompress.posttraining import bias_corrected
 from edgecompress.progress import Progress
 from edgecompress.prune import importance_by_name, prune, reestimate_batchnorm
-from edgecompress.quantize import Calibration, QuantizedGraph, Simulator, simulate
 from edgecompress.reward import reward_by_name
 from edgecompress.runs import RunFolder
 from edgecompress.search import SearchSettings, search, top
-from edgecompress.sensitivity import sensitivities
 from edgecompress.spec import Budget, CompressionPolicy, Config, Cost, LayerChoice, Network, Stage, Target, Trial
 from edgecompress.trace import Traced
 from edgecompress.variational import (
@@ -41,7 +35,6 @@ from edgecompress.variational import (
 )
 
 SHORT_EPOCHS = 2
-SENSITIVITY_IMAGES = 200
 
 
 @dataclass(frozen=True)
@@ -57,6 +50,7 @@ class Job:
     traced: Traced
     limits: tuple[Limit, ...]
     original_cost: Cost
+    bits: Mapping[str, LayerChoice] = field(default_factory=dict)
 
     @property
     def integer(self) -> bool:
@@ -84,11 +78,12 @@ class Job:
         )
 
     def planned(self, policy: CompressionPolicy) -> CompressionPolicy:
-        """``policy``, with `planned_bits` everywhere where it has no bits yet."""
+        """``policy``; one without bits yet gets those that an earlier stage 2 chose (``bits``), else `planned_bits`."""
         if policy.layers:
             return policy
         choice = LayerChoice(weight_bits=self.planned_bits, activation_bits=self.planned_bits)
-        return policy.model_copy(update={"layers": {layer.name: choice for layer in self.network.layers}})
+        layers = {layer.name: self.bits.get(layer.name, choice) for layer in self.network.layers}
+        return policy.model_copy(update={"layers": layers})
 
     def cost_model(self, size: SizeModel | None, latency: LatencyModel | None) -> CostModel:
         """A cost model; a policy without bits yet is priced at `planned_bits`."""
@@ -125,8 +120,8 @@ def prune_stage(job: Job, cost: CostModel) -> tuple[CompressionPolicy, str]:
     def evaluate(policy: CompressionPolicy) -> Outcome:
         return Outcome(*accuracy_and_loss(build(policy), job.data, job.data.search_val))
 
-    trials = _searched(job, space, evaluate, "prune", job.config.prune_reward)
-    finalists = _remeasured(trials, job, lambda trial: build(space.to_policy(trial.choice)))[:3]
+    trials = searched(job, space, evaluate, "prune", job.config.prune_reward)
+    finalists = remeasured(trials, job, lambda trial: build(space.to_policy(trial.choice)))[:3]
     job.progress.stage("Fine-tune the finalists", len(finalists) * SHORT_EPOCHS)
     scored = [(_short_finetune(job, build(space.to_policy(trial.choice))), trial) for trial in finalists]
     chosen = max(scored, key=lambda pair: (pair[0][0], -pair[0][1]))[1]
@@ -136,7 +131,7 @@ def prune_stage(job: Job, cost: CostModel) -> tuple[CompressionPolicy, str]:
     return policy, chosen.arm
 
 
-def _searched(
+def searched(
     job: Job,
     space: SearchSpace,
     evaluate: Evaluator,
@@ -164,7 +159,7 @@ def _searched(
     return trials
 
 
-def _remeasured(trials: Sequence[Trial], job: Job, build: Callable[[Trial], Callable[[Tensor], Tensor]]) -> list[Trial]:
+def remeasured(trials: Sequence[Trial], job: Job, build: Callable[[Trial], Callable[[Tensor], Tensor]]) -> list[Trial]:
     """The five best by reward, ordered by accuracy on the larger split: a search climbs its own noise."""
     leaders = top(trials, 5)
     measured = {trial.choice: accuracy_and_loss(build(trial), job.data, job.both_val) for trial in leaders}
@@ -174,12 +169,12 @@ def _remeasured(trials: Sequence[Trial], job: Job, build: Callable[[Trial], Call
 
 def _short_finetune(job: Job, model: nn.Module) -> tuple[float, float]:
     """Accuracy and loss on select-val after a short recovery."""
-    settings = _settings(job, SHORT_EPOCHS)
+    settings = train_settings(job, SHORT_EPOCHS)
     train(model, job.data, settings, teacher=job.original, on_epoch=job.progress.epoch)
     return accuracy_and_loss(model, job.data, job.data.select_val)
 
 
-def _settings(job: Job, epochs: int, rate: float = 1.0) -> TrainSettings:
+def train_settings(job: Job, epochs: int, rate: float = 1.0) -> TrainSettings:
     return TrainSettings(
         epochs=epochs,
         learning_rate=job.config.learning_rate * rate,
@@ -221,8 +216,8 @@ def recover(job: Job, policy: CompressionPolicy) -> tuple[nn.Module, Compression
     reestimate_batchnorm(model, data, seed=config.seed)
     job.progress.stage("Fine-tune with distillation", config.finetune_epochs)
     train(
-        model, data, _settings(job, config.finetune_epochs), teacher=job.original,
-        checkpoint=_checkpoint(job, "finetune"), on_epoch=job.progress.epoch,
+        model, data, train_settings(job, config.finetune_epochs), teacher=job.original,
+        checkpoint=checkpoint_of(job, "finetune"), on_epoch=job.progress.epoch,
     )  # fmt: skip
     if config.noise_epochs == 0:
         return model, policy
@@ -236,7 +231,7 @@ def learn_noise(job: Job, model: nn.Module) -> tuple[nn.Module, WeightNoise]:
     noisy, layers = with_noise(model)
     job.progress.stage("Learn the noise of units and weights", epochs)
     train(
-        noisy, job.data, replace(_settings(job, epochs), weight_decay=0.0), teacher=job.original,
+        noisy, job.data, replace(train_settings(job, epochs), weight_decay=0.0), teacher=job.original,
         penalty=lambda progress: kl_penalty(
             layers, len(job.data.train), weight_scale=0.05, unit_scale=1e-4, progress=progress
         ),
@@ -264,8 +259,8 @@ def _without_noisy_weights(
     epochs = max(2, job.config.finetune_epochs // 2)
     job.progress.stage("Fine-tune the remaining weights", epochs)
     train(
-        sparse, job.data, _settings(job, epochs, 0.5), teacher=job.original,
-        checkpoint=_checkpoint(job, "sparse"), on_epoch=job.progress.epoch,
+        sparse, job.data, train_settings(job, epochs, 0.5), teacher=job.original,
+        checkpoint=checkpoint_of(job, "sparse"), on_epoch=job.progress.epoch,
     )  # fmt: skip
     layers = {name: LayerChoice(keep_elements=_nonzero(sparse, name)) for name in keep}
     return copy.deepcopy(_released(sparse)), policy.model_copy(update={"layers": layers})
@@ -292,108 +287,11 @@ def _nonzero(model: nn.Module, name: str) -> float:
     return max(float((weight != 0).float().mean()), 1e-6)
 
 
-def _checkpoint(job: Job, name: str) -> Path:
+def checkpoint_of(job: Job, name: str) -> Path:
     return job.run.file("checkpoints") / f"{name}.safetensors"
 
 
-# ------------------------------------------------------------------------------------------- stage 2: quantisation
-
-
-def bits_of(
-    job: Job, simulator: Simulator, pruned: CompressionPolicy, latency: LatencyModel, base_bytes: int
-) -> SearchSpace:
-    """What stage 2 may choose, priced by the bytes that the file will have."""
-    points = simulator.points
-    shared = [points.layers_of(owner) for owner in dict.fromkeys(points.layer_input.values())]
-    cost = job.cost_model(FileSize(simulator, base_bytes, job.target), latency)
-    # Bits do not change the time of a float network.
-    limits = [limit for limit in job.limits if limit.budget.precision in (None, "int8")]
-    return bitwidth_space(job.network, pruned, shared, job.target, cost, limits)
-
-
-def quantize_stage(
-    job: Job, graph: Graph, calibration: Calibration, pruned: CompressionPolicy, latency: LatencyModel, base_bytes: int
-) -> tuple[QuantizedGraph, CompressionPolicy, str]:
-    """Choose the bits of every layer, train the steps, and return the integers with the policy and its arm."""
-    simulator = Simulator(graph, calibration)
-    space = bits_of(job, simulator, pruned, latency, base_bytes)
-    _note_floats(job, simulator)
-
-    def forward(policy: CompressionPolicy) -> Callable[[Tensor], Tensor]:
-        return simulator.forward(policy.layers)
-
-    def evaluate(policy: CompressionPolicy) -> Outcome:
-        return Outcome(*accuracy_and_loss(forward(policy), job.data, job.data.search_val))
-
-    trials = _searched(
-        job, space, evaluate, "quantize", job.config.quantize_reward, lambda: _kl_tables(job, simulator, space)
-    )
-    chosen = _remeasured(trials, job, lambda trial: forward(space.to_policy(trial.choice)))[0]
-    policy = space.to_policy(chosen.choice)
-    quantized = simulator.quantized(policy.layers)
-    if job.config.bias_correction:
-        quantized = _corrected(job, quantized)
-    if job.config.qat_epochs:
-        quantized = _learned_steps(job, quantized)
-    return quantized, policy, chosen.arm
-
-
-def _note_floats(job: Job, simulator: Simulator) -> None:
-    """Name the layers that no integer kernel will run."""
-    left = [layer.name for layer in job.network.layers if layer.name not in simulator.points.layer_input]
-    if left:
-        job.progress.note(f"these layers cannot be quantised and stay float: {', '.join(left)}")
-
-
-def _kl_tables(job: Job, simulator: Simulator, space: SearchSpace) -> Tables:
-    """Sensitivities of every action, kept in the run's folder."""
-    few = (x for x, _ in job.data.batches(job.data.calibration.take(torch.arange(_first(job.data))), 100))
-    found = sensitivities(simulator, few, job.run.file("sensitivities.json"))
-    split = [name.rpartition(":") for name in space.names]
-    return {
-        action: found.table("weight" if what == "weight" else "activation", layer)
-        for action, (layer, _, what) in enumerate(split)
-    }
-
-
-def _first(data: Dataset) -> int:
-    """Calibration images that sensitivities are measured on: more of them change little."""
-    return min(SENSITIVITY_IMAGES, len(data.calibration))
-
-
-def _corrected(job: Job, quantized: QuantizedGraph) -> QuantizedGraph:
-    """Biases moved by what quantisation shifts; kept only where that does not lose on select-val."""
-    moved = bias_corrected(quantized, (x for x, _ in job.data.batches(job.data.calibration, 100)))
-    scores = [
-        accuracy_and_loss(partial(simulate, found), job.data, job.data.select_val) for found in (quantized, moved)
-    ]
-    before, after = scores
-    kept = (after[0], -after[1]) >= (before[0], -before[1])
-    text = " to ".join(job.data.task.about.text(value) for value, _ in scores)
-    job.progress.note(f"bias correction: {text} on select-val; {'kept' if kept else 'the biases stay as they were'}")
-    return moved if kept else quantized
-
-
-def _learned_steps(job: Job, quantized: QuantizedGraph) -> QuantizedGraph:
-    """Quantisation-aware training; kept only where it does not lose on select-val."""
-    module = LearnedSteps(quantized)
-    before = accuracy_and_loss(module, job.data, job.data.select_val)
-    job.progress.stage("Quantisation-aware training", job.config.qat_epochs)
-    settings = replace(_settings(job, job.config.qat_epochs, 0.2), weight_decay=0.0)
-    train(
-        module,
-        job.data,
-        settings,
-        teacher=job.original,
-        checkpoint=_checkpoint(job, "qat"),
-        on_epoch=job.progress.epoch,
-    )
-    after = accuracy_and_loss(module, job.data, job.data.select_val)
-    if (after[0], -after[1]) < (before[0], -before[1]):
-        lost = " to ".join(job.data.task.about.text(value) for value, _ in (before, after))
-        job.progress.note(f"training the steps lost ({lost} on select-val); the calibrated steps stay")
-        return quantized
-    return module.finished()
-
-
-__all__ = ["Job", "bits_of", "channels_of", "learn_noise", "limits_for", "prune_stage", "quantize_stage", "recover"]
+__all__ = [
+    "Job", "channels_of", "checkpoint_of", "learn_noise", "limits_for", "prune_stage", "recover", "remeasured", "searched",
+    "train_settings",
+]  # fmt: skip

@@ -22,10 +22,11 @@ class PlannedSize:
 
     Args:
         fixed_bytes: everything but weights, scales and biases: nodes, names, activation ranges.
-        bits: 8 where the target's dialect stores nothing smaller, otherwise the average that stage 2 is expected to reach.
+        bits: 8 where the target's dialect stores nothing smaller, otherwise the average that stage 2 is expected to reach;
+            None: the bits of every layer are known.
     """
 
-    def __init__(self, fixed_bytes: int, bits: float) -> None:
+    def __init__(self, fixed_bytes: int, bits: float | None) -> None:
         self._fixed, self._bits = fixed_bytes, bits
 
     @classmethod
@@ -34,9 +35,15 @@ class PlannedSize:
         weights = sum(layer_params(layer, layer.in_channels, layer.out_channels) for layer in layers)
         return cls(file_bytes - weights - sum(CHANNEL_BYTES * layer.out_channels for layer in layers), bits)
 
+    def at_known_bits(self) -> PlannedSize:
+        """The same around weights at the bits that a finished stage 2 chose, where the dialect packs them."""
+        return self if self._bits == 8 else PlannedSize(self._fixed, None)
+
     def __call__(self, kernels: Sequence[Kernel], params: int) -> int:
-        weights = sum(layer_params(k.layer, k.in_channels, k.out_channels) for k in kernels)
-        return round(self._fixed + weights * self._bits / 8 + sum(CHANNEL_BYTES * k.out_channels for k in kernels))
+        weights = sum(
+            layer_params(k.layer, k.in_channels, k.out_channels) * (self._bits or k.weight_bits) / 8 for k in kernels
+        )
+        return round(self._fixed + weights + sum(CHANNEL_BYTES * k.out_channels for k in kernels))
 
 
 class FileSize:

@@ -42,14 +42,15 @@ def channels(network, budget: str = "flops=0.5x", divisor: int | None = None) ->
     return channel_space(network, TARGET, cost, limits, original, divisor)
 
 
-def bits(network, budget: str = "size=0.15x", shared=None, target=TARGET) -> SearchSpace:
+def bits(network, budget: str = "size=0.15x", shared=None, target=TARGET, **options) -> SearchSpace:
     def cost(policy):
         return count(network, policy, None, size_of)
 
     original = cost(FLOAT)
     limits = [Limit(b, b.absolute(original.metric(b.metric))) for b in parse_budgets(budget)]
     shared = shared or [(layer.name,) for layer in network.layers]
-    return bitwidth_space(network, CompressionPolicy(model="", keep_channels={}), shared, target, cost, limits)
+    pruned = CompressionPolicy(model="", keep_channels={})
+    return bitwidth_space(network, pruned, shared, target, cost, limits, **options)
 
 
 RESIDUAL_SHARED = [("stem.0",), ("a1.0",), ("a2.0",), ("b1.0", "shortcut.0"), ("b2.0",), ("fc",)]
@@ -255,3 +256,25 @@ def test_features_are_scaled_and_tell_steps_apart(space):
     assert space.features.shape[0] == len(space.steps)
     assert space.features.min() >= 0 and space.features.max() <= 1 and np.isfinite(space.features).all()
     assert len({tuple(row) for row in space.features.tolist()}) == len(space.steps)
+
+
+def test_pinned_layers_keep_their_bits_and_so_does_all_that_reads_their_input(networks):
+    space = bits(networks["residual"], shared=RESIDUAL_SHARED, pinned={"b1.0": 6, "fc": 8})
+    choice = dict(zip(space.names, space.project(np.random.default_rng(0).random(len(space.names))), strict=True))
+    assert choice["b1.0:weight"] == 6 and choice["fc:weight"] == choice["fc:activation"] == 8
+    assert choice["b1.0:activation"] == choice["shortcut.0:activation"] == 6
+    assert len(space.levels[space.names.index("shortcut.0:weight")]) == 7  # only its input is shared
+
+
+def test_activations_are_searched_without_a_budget_on_them_only_when_asked(networks):
+    wishes = np.full(2 * len(networks["resnet8"].layers), 0.4)
+    usual, free = (bits(networks["resnet8"], free_activations=asked).project(wishes) for asked in (False, True))
+    assert set(usual[1::2]) == {8} and max(free[1::2]) < 8
+
+
+def test_the_agent_sees_the_sensitivities_of_every_layer(networks):
+    network = networks["residual"]
+    shown = {layer.name: (float(number), 1.0) for number, layer in enumerate(network.layers)}
+    plain, seeing = bits(network).features, bits(network, sensitivity=shown).features
+    assert seeing.shape == (len(plain), plain.shape[1] + 2)
+    np.testing.assert_allclose(seeing[:, -2], np.linspace(0, 1, len(plain)), atol=1e-6)

@@ -12,14 +12,17 @@ from pydantic import ValidationError
 from sample_networks import NETWORKS, conv_bn, integer_case, patterns, settled
 from torch import Tensor, nn
 
-from edgecompress.errors import BadDataError, BadFileError
+from edgecompress.bit_stage import pinned_bits
+from edgecompress.errors import BadDataError, BadFileError, UsageError
 from edgecompress.files import write_document
 from edgecompress.graph import Graph, build_graph
 from edgecompress.interpret import float_constants, run
+from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.pipeline import calibration_warnings, validation_warnings
-from edgecompress.posttraining import bias_corrected, equalisable, equalised
+from edgecompress.posttraining import bias_corrected, equalisable, equalised, without_upper_ends
 from edgecompress.quantize import Simulator, calibrate, simulate
 from edgecompress.ranges import RANGES
+from edgecompress.rounding import learned_rounding
 from edgecompress.runs import RunFolder
 from edgecompress.spec import CompressionPolicy, LayerChoice
 from edgecompress.splits import Split
@@ -219,3 +222,51 @@ def test_policy_file_that_names_what_is_not_there_is_refused(tmp_path, named, me
     write_document(tmp_path / "policy.json", CompressionPolicy(model="net", **named))
     with pytest.raises(BadFileError, match=message):
         RunFolder(tmp_path).policy()
+
+
+@pytest.mark.parametrize("name", ["residual", "mobile"])
+def test_learned_rounding_answers_nearer_to_the_float_network_and_moves_by_one_step_at_most(name):
+    case = integer_case(name)
+    quantized = case.quantized(3, 8)
+    learned = learned_rounding(quantized, [case.images], steps=60)
+    with torch.no_grad():
+        wanted = run(case.graph, case.images, float_constants(case.graph))
+        before, after = ((simulate(found, case.images) - wanted).norm() for found in (quantized, learned))
+    assert after < 0.95 * before
+    moved = 0
+    for layer, weight in quantized.weights.items():
+        difference = np.abs(learned.weights[layer].values.astype(int) - weight.values)
+        moved += int(difference.sum())
+        assert difference.max() <= 1 and np.array_equal(learned.weights[layer].scale, weight.scale)
+        assert np.abs(learned.weights[layer].values).max() <= 3
+    assert moved > 0
+    again = learned_rounding(quantized, [case.images], steps=60)
+    assert all(np.array_equal(again.weights[name].values, weight.values) for name, weight in learned.weights.items())
+
+
+def test_learned_rounding_without_images_is_refused():
+    with pytest.raises(BadDataError, match="no image to learn the rounding"):
+        learned_rounding(integer_case("flat").quantized(4, 8), [])
+
+
+def test_pins_are_read_by_name_and_wrong_ones_refused():
+    target, layers = target_by_name("x86"), ["conv1", "body.conv", "fc"]
+    assert pinned_bits("first=8, last=8,body.conv=3", layers, target) == {"conv1": 8, "fc": 8, "body.conv": 3}
+    assert pinned_bits("", layers, target) == {}
+    for text, message in (("conv9=8", "names 'conv9'"), ("fc=9", "expected LAYER=BITS"), ("fc", "expected LAYER=BITS")):
+        with pytest.raises(UsageError, match=message):
+            pinned_bits(text, layers, target)
+
+
+def test_relu6_that_hardly_ever_clips_becomes_a_relu_that_equalisation_passes():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 6, 3, 1, 1), nn.ReLU6(), nn.Conv2d(6, 6, 3, 1, 1, groups=6), nn.ReLU6())
+    model = nn.Sequential(*body, nn.Conv2d(6, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    with torch.no_grad():
+        model[2].bias += 50.0  # this one clips everywhere
+    graph = build_graph(model, (3, 8, 8), "relu6")
+    x = torch.randn(8, 3, 8, 8)
+    opened = without_upper_ends(graph, [x])
+    assert [node.op for node in opened.nodes if node.op in ("Relu", "Clip")] == ["Relu", "Clip"]
+    torch.testing.assert_close(outputs(opened, x), outputs(graph, x))
+    assert (len(equalisable(graph)), len(equalisable(opened))) == (1, 2)  # the last two layers always

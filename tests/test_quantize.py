@@ -279,3 +279,19 @@ def test_network_that_cannot_be_exported_is_refused():
         build_graph(DataDependent(), (3, 4, 4), "dependent")
     with pytest.raises(BadModelError, match="cannot be read as an ONNX model"):
         read_graph(__file__)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_evaluation_in_place_changes_neither_its_images_nor_its_constants(name):
+    case = integer_case(name)
+    simulator = Simulator(case.graph, calibrate(case.graph, [case.images]))
+    choices = {layer.name: LayerChoice(weight_bits=4, activation_bits=5) for layer in case.graph.layers}
+    images, forward = case.images.clone(), simulator.forward(choices)
+    first = forward(case.images)
+    assert torch.equal(case.images, images) and torch.equal(forward(case.images), first)
+    floats = float_constants(case.graph)
+    assert all(torch.equal(simulator.floats[key], value) for key, value in floats.items())
+    ranges, constants = simulator.ranges(choices), simulator.constants(choices)
+    with torch.no_grad():  # the plain way: every activation runs, every value is rounded
+        plain = run(case.graph, images, constants, lambda key, value: fake_quantize(value, ranges.get(key)))
+    assert (first - plain).abs().max() < 0.05 * plain.abs().max()

@@ -21,7 +21,7 @@ from edgecompress.original import original_network
 from edgecompress.progress import Silent
 from edgecompress.runs import RunFolder
 from edgecompress.spec import Config, Preprocessing
-from edgecompress.stages import _settings
+from edgecompress.stages import train_settings
 
 HOW = {"size": [16, 16], "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "resize": 18, "interpolation": "bicubic"}
 
@@ -115,7 +115,7 @@ def test_only_distillation_trains(place):
     data = load_data(str(place / "photos"))
     assert not data.labelled and data.task.score_name == "agreement with the original"
     job = SimpleNamespace(config=Config(budget="flops=0.5x"), data=data)
-    assert _settings(job, 1).distill == 1.0
+    assert train_settings(job, 1).distill == 1.0
 
 
 def test_network_without_weights_cannot_be_trained_on_it(place):
