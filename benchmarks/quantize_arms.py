@@ -133,11 +133,14 @@ class Judge:
         return self.known[key]
 
     def arm(self, name: str) -> dict[str, Any]:
-        """One arm's policy: the best of its five best on other images, as stage 2 chooses, measured on images none saw."""
+        """One arm's policy: its five of least loss on the asked images, of these the one of least loss on others.
+
+        Accuracy on a few hundred images is too coarse to choose by: one point is four of them.
+        """
         trials = {"ddpg": self._search, "greedy": self._greedy, "milp": self._program}[name]()
-        leaders = sorted(trials, key=lambda trial: (-trial.accuracy, trial.loss))[:5]
+        leaders = sorted(trials, key=lambda trial: trial.loss)[:5]
         again = {t.choice: outcome(self.simulator, self._layers(t.choice), *self.chosen) for t in leaders}
-        best = min(leaders, key=lambda trial: (-again[trial.choice].accuracy, again[trial.choice].loss))
+        best = min(leaders, key=lambda trial: again[trial.choice].loss)
         found = outcome(self.simulator, self._layers(best.choice), *self.unseen)
         return {
             "accuracy": 100 * found.accuracy,

@@ -210,6 +210,7 @@ def tuned_integers(name: str, bits: list[int]) -> dict[str, Any]:
     policy = CompressionPolicy(model=name, layers=dict(choices))
     x = test_images()[0][:EXACT_IMAGES]
     return {
+        "weight_bits": bits,
         "before": on_test(to_onnxruntime.integer_model(start)),
         "after": on_test(to_onnxruntime.integer_model(finished)),
         "average_weight_bits": average_weight_bits(trace(network(name), (3, 32, 32), name).network, policy),
@@ -333,7 +334,8 @@ def measure(bench: Benchmark) -> None:
 NOTES = (
     "Test accuracy is that of the exported file in ONNX Runtime, with exact kernels, on all 10,000 test images.",
     "Searches: 66 evaluations each. ResNet-20 is asked 400 held-out images, ResNet-56 200, others for every seed. Of every "
-    "arm's trials the five best are measured on 1,000 others; the best of them is compared on 2,000 that no arm saw.",
+    "arm's policies the five of least loss are measured on 1,000 others; the one of least loss there is compared on 2,000 that no "
+    "arm saw.",
     "Greedy spends its evaluations on sensitivities at several bit-widths; integer programming pays for its KL divergences "
     "and measures as many solutions of the program over blurred ones as it has evaluations left.",
     "The ResNet-56 checkpoint has seen all training images: its accuracy on the images that are held out here is too high, "
