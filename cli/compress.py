@@ -55,7 +55,14 @@ from edgecompress.cli.flags import switch
 @click.option(
     "--episodes", type=click.IntRange(min=8), default=80, show_default=True, help="Policies evaluated per stage."
 )
-@click.option("--importance", default="l2", show_default=True, help="Which channels go first: l2 or l1.")
+@click.option(
+    "--importance", default="l2", show_default=True,
+    help="Which channels go first: by weights (l2, l1, bn-scale) or by training images (taylor, chip).",
+)  # fmt: skip
+@switch(
+    "reconstruct", default=True,
+    help="Refit the layers that lost inputs by least squares, in every episode and before fine-tuning; on by default.",
+)  # fmt: skip
 @click.option(
     "--prune-reward", default="accuracy-flops-latency", show_default=True,
     help="Reward of stage 1: accuracy-flops-latency, accuracy-bytes-latency, paper or accuracy.",

@@ -11,9 +11,9 @@ from torch import nn
 from edgecompress.agents import AGENTS
 from edgecompress.data import Dataset
 from edgecompress.errors import UnknownNameError, UsageError
+from edgecompress.importance import IMPORTANCE
 from edgecompress.models import is_graph_file
 from edgecompress.original import fixed_graph_options
-from edgecompress.prune import IMPORTANCE
 from edgecompress.ranges import RANGES
 from edgecompress.reward import REWARDS
 from edgecompress.run_toml import is_path

@@ -22,10 +22,9 @@ from edgecompress.exporters.sizes import PlannedSize
 from edgecompress.finetune import TrainSettings, train
 from edgecompress.pipeline import at_8_bits, calibration_batches, saved_graph
 from edgecompress.progress import Progress
-from edgecompress.prune import importance_by_name, prune
 from edgecompress.quantize import LearnedSteps, Simulator, calibrate
 from edgecompress.spec import CompressionPolicy, Frozen, LayerChoice, Stage, Trial
-from edgecompress.stages import SHORT_EPOCHS, Job, bits_of, channels_of, prune_stage, quantize_stage
+from edgecompress.stages import SHORT_EPOCHS, Job, bits_of, channels_of, prune_stage, pruner_of, quantize_stage
 from edgecompress.variational import kl_penalty, with_noise
 
 TIMED_EPISODES = 2
@@ -97,8 +96,7 @@ def rehearse(job: Job, latency: LatencyModel, size: PlannedSize, progress: Progr
         first = _first_episodes(job, spaces, lambda part: prune_stage(part, cost))
         stages.append(_planned(job, "prune", spaces[0], first))
         policy = spaces[0].to_policy(first.uniform.choice)
-        scores = importance_by_name(config.importance)(job.original, job.traced)
-        smaller = prune(job.original, job.traced, policy.keep_channels, scores)
+        smaller = pruner_of(job)(policy)
         progress.stage("Time a step of every training", 1)
         trainings += _after_pruning(job, smaller)
     if job.integer:

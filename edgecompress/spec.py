@@ -363,6 +363,7 @@ class Config(Document):
     episodes: int = Field(default=80, ge=8)
     seed: int = 0
     importance: str = "l2"
+    reconstruct: bool = True
     prune_reward: str = "accuracy-flops-latency"
     quantize_reward: str = "accuracy-bytes-latency"
     finetune_epochs: int = Field(default=8, ge=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from edgecompress.finetune import TrainSettings, accuracy_and_loss, train
 from edgecompress.graph import Graph
 from edgecompress.posttraining import bias_corrected
 from edgecompress.progress import Progress
-from edgecompress.prune import importance_by_name, prune, reestimate_batchnorm
+from edgecompress.prune import pruner, reestimate_batchnorm
 from edgecompress.quantize import Calibration, LearnedSteps, QuantizedGraph, Simulator, simulate
 from edgecompress.reward import reward_by_name
 from edgecompress.runs import RunFolder
@@ -33,6 +33,7 @@ from edgecompress.variational import (
     WeightNoise,
     kl_penalty,
     measured_noise,
+    noise_by_size,
     prune_elements,
     refresh_batchnorm,
     with_noise,
@@ -108,16 +109,24 @@ def channels_of(job: Job, cost: CostModel) -> SearchSpace:
     return channel_space(job.network, job.target, cost, limits, job.original_cost)
 
 
+def pruner_of(job: Job) -> Callable[[CompressionPolicy], nn.Module]:
+    """Builds policies with the importance and the reconstruction that were asked for."""
+    config = job.config
+    return pruner(
+        job.original, job.traced, job.data, importance=config.importance, reconstruct=config.reconstruct
+    )  # fmt: skip
+
+
 def prune_stage(job: Job, cost: CostModel) -> tuple[CompressionPolicy, str]:
     """Choose the channels of every group; returns the policy and the arm that found it."""
     if not job.network.prunable_groups:
         reasons = "; ".join(f"{group.id}: {group.reason}" for group in job.network.groups)
         raise BadModelError(f"{job.config.model} has nothing to prune ({reasons}). Run with --stages quantize.")
     space = channels_of(job, cost)
-    scores = importance_by_name(job.config.importance)(job.original, job.traced)
+    pruned = pruner_of(job)
 
     def build(policy: CompressionPolicy) -> nn.Module:
-        model = prune(job.original, job.traced, policy.keep_channels, scores)
+        model = pruned(policy)
         reestimate_batchnorm(model, job.data, seed=job.config.seed)
         return model.eval()
 
@@ -215,18 +224,18 @@ def _tightened(
 def recover(job: Job, policy: CompressionPolicy) -> tuple[nn.Module, CompressionPolicy]:
     """Cut the channels, fine-tune with distillation, learn the noise, remove single weights, fine-tune what is left."""
     config, data = job.config, job.data
-    scores = importance_by_name(config.importance)(job.original, job.traced)
-    model = prune(job.original, job.traced, policy.keep_channels, scores)
+    chosen = {name: choice.keep_elements for name, choice in policy.layers.items() if choice.keep_elements < 1}
+    model = pruner_of(job)(policy.model_copy(update={"layers": {}}))
     reestimate_batchnorm(model, data, seed=config.seed)
     job.progress.stage("Fine-tune with distillation", config.finetune_epochs)
     train(
         model, data, _settings(job, config.finetune_epochs), teacher=job.original,
         checkpoint=_checkpoint(job, "finetune"), on_epoch=job.progress.epoch,
     )  # fmt: skip
-    if config.noise_epochs == 0:
+    if config.noise_epochs == 0 and not chosen:
         return model, policy
-    model, noise = learn_noise(job, model)
-    return _without_noisy_weights(job, model, noise, policy)
+    model, noise = learn_noise(job, model) if config.noise_epochs else (model, noise_by_size(model))
+    return _without_noisy_weights(job, model, noise, policy, chosen)
 
 
 def learn_noise(job: Job, model: nn.Module) -> tuple[nn.Module, WeightNoise]:
@@ -248,17 +257,20 @@ def learn_noise(job: Job, model: nn.Module) -> tuple[nn.Module, WeightNoise]:
 
 
 def _without_noisy_weights(
-    job: Job, model: nn.Module, noise: WeightNoise, policy: CompressionPolicy
+    job: Job, model: nn.Module, noise: WeightNoise, policy: CompressionPolicy, chosen: Mapping[str, float]
 ) -> tuple[nn.Module, CompressionPolicy]:
-    """Remove the weights that log-alpha names, half as many again while that costs over a point on select-val."""
+    """Remove the weights that log-alpha names: as many as the policy chose per layer, else as the threshold says.
+
+    Where the policy is silent, half as many go while that costs over a point on select-val.
+    """
     before = accuracy_and_loss(model, job.data, job.data.select_val)[0]
-    keep = {name: noise.suggested_keep(name) for name in noise.log_alpha}
-    sparse = model
-    for _ in range(4):
-        sparse = prune_elements(model, noise, keep)
+    keep = {name: chosen.get(name, 1.0) if chosen else noise.suggested_keep(name) for name in noise.log_alpha}
+    sparse = prune_elements(model, noise, keep)
+    for _ in range(0 if chosen else 3):
         if accuracy_and_loss(sparse, job.data, job.data.select_val)[0] >= before - 0.01:
             break
         keep = {name: (1 + fraction) / 2 for name, fraction in keep.items()}
+        sparse = prune_elements(model, noise, keep)
     _hold_zeros(sparse)
     epochs = max(2, job.config.finetune_epochs // 2)
     job.progress.stage("Fine-tune the remaining weights", epochs)
@@ -395,4 +407,14 @@ def _learned_steps(job: Job, quantized: QuantizedGraph) -> QuantizedGraph:
     return module.finished()
 
 
-__all__ = ["Job", "bits_of", "channels_of", "learn_noise", "limits_for", "prune_stage", "quantize_stage", "recover"]
+__all__ = [
+    "Job",
+    "bits_of",
+    "channels_of",
+    "learn_noise",
+    "limits_for",
+    "prune_stage",
+    "pruner_of",
+    "quantize_stage",
+    "recover",
+]

@@ -132,6 +132,12 @@ def measured_noise(layers: Mapping[str, NoisyLayer]) -> WeightNoise:
     return WeightNoise({name: layer.log_alpha.detach().clone() for name, layer in layers.items()})
 
 
+def noise_by_size(model: nn.Module) -> WeightNoise:
+    """Log-alpha where every weight of a layer has the same noise: ranks weights by magnitude, before any is learned."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    return WeightNoise({name: -(layer.weight.detach().pow(2) + 1e-8).log() for name, layer in layers.items()})
+
+
 def prune_elements(model: nn.Module, noise: WeightNoise, keep: Mapping[str, float]) -> nn.Module:
     """A copy of ``model`` whose noisiest weights are zero; ``keep`` is the fraction kept per layer name."""
     sparse = copy.deepcopy(model)
@@ -154,6 +160,6 @@ def refresh_batchnorm(model: nn.Module, data: Dataset, *, seed: int = 0) -> None
 
 
 __all__ = [
-    "NoisyLayer", "WeightNoise", "kl_penalty", "measured_noise", "prune_elements", "refresh_batchnorm", "with_noise",
+    "NoisyLayer", "WeightNoise", "kl_penalty", "measured_noise", "noise_by_size", "prune_elements", "refresh_batchnorm", "with_noise",
     "without_noise",
 ]  # fmt: skip
