@@ -79,6 +79,7 @@ from edgecompress.cli.flags import switch
 @click.option(
     "--noise-epochs", type=click.IntRange(min=0), default=3, show_default=True, help="Information dropout; 0 skips it."
 )
+@switch("two-four", help="Keep two of four neighbouring input channels of every weight, for sparse kernels (Ampere).")
 @click.option(
     "--ranges", default="mse", show_default=True,
     help="How activation ranges are set from calibration images: mse, minmax, percentile or entropy.",

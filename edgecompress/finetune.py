@@ -78,7 +78,7 @@ def train(
     )
     steps = math.ceil(len(data.train) / settings.batch_size)
     adam = torch.optim.Adam(noise, lr=10 / (steps * settings.epochs)) if noise else None
-    average = _Average(model, settings.ema) if settings.ema else None
+    average = _Average(model, settings.ema)
     done = _restore(checkpoint, model, optimizer, settings, average)
     device = next(model.parameters()).device
     if teacher is not None:
@@ -111,29 +111,31 @@ def train(
             optimizer.step()
             if adam is not None:
                 adam.step()
-            if average is not None:
-                average.add(model)
+            average.add(model)
             total += loss.item()
         good = copy.deepcopy(model.state_dict())
         _save(checkpoint, model, optimizer, settings, epoch + 1, average)
         if on_epoch is not None:
             on_epoch(epoch + 1, settings.epochs, total / steps)
-    if average is not None:
-        model.load_state_dict(average.state)
+    model.load_state_dict(average.state, strict=settings.ema > 0)
     return model.eval()
 
 
 class _Average:
     """Exponential moving average of all floating-point state of a network (Polyak and Juditsky 1992); integers are copied.
 
-    After t steps the decay is ``min(decay, (1 + t) / (10 + t))``, so that a short training is not held to its start.
+    After t steps the decay is ``min(decay, (1 + t) / (10 + t))``, so that a short training is not held to its start. A decay
+    of 0 holds nothing and costs nothing.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.steps = decay, 0
-        self.state = {key: value.detach().clone() for key, value in model.state_dict().items()}
+        held = model.state_dict() if decay else {}
+        self.state = {key: value.detach().clone() for key, value in held.items()}
 
     def add(self, model: nn.Module) -> None:
+        if not self.state:
+            return
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         with torch.no_grad():
@@ -171,7 +173,7 @@ def _save(
     optimizer: torch.optim.Optimizer,
     settings: TrainSettings,
     epoch: int,
-    average: _Average | None,
+    average: _Average,
 ) -> None:
     if path is None:
         return
@@ -181,10 +183,8 @@ def _save(
     for index, state in optimizer.state_dict()["state"].items():
         if state.get("momentum_buffer") is not None:
             tensors[f"momentum.{index}"] = state["momentum_buffer"].contiguous()
-    metadata = {"epoch": str(epoch), "settings": json.dumps(settings.__dict__)}
-    if average is not None:
-        tensors |= {f"ema.{key}": value.contiguous() for key, value in average.state.items()}
-        metadata["ema_steps"] = str(average.steps)
+    tensors |= {f"ema.{key}": value.contiguous() for key, value in average.state.items()}
+    metadata = {"epoch": str(epoch), "settings": json.dumps(settings.__dict__), "ema_steps": str(average.steps)}
     with written_whole(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
@@ -194,7 +194,7 @@ def _restore(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     settings: TrainSettings,
-    average: _Average | None,
+    average: _Average,
 ) -> int:
     if path is None or not path.exists():
         return 0
@@ -220,10 +220,9 @@ def _restore(
         if key.startswith("momentum.")
     }
     optimizer.load_state_dict(state)
-    if average is not None:
-        average.steps = int(metadata["ema_steps"])
-        for key, value in average.state.items():
-            value.copy_(tensors[f"ema.{key}"])
+    average.steps = int(metadata["ema_steps"])
+    for key, value in average.state.items():
+        value.copy_(tensors[f"ema.{key}"])
     return int(metadata["epoch"])
 
 

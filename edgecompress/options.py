@@ -60,6 +60,11 @@ def resolve(
     ):
         if name not in known:
             raise UnknownNameError(kind, name, known)
+    if config.two_four and not target.sparse_kernels:
+        raise UsageError(
+            f"{target.name} has no sparse kernels that a 2:4 pattern would make faster; expected TensorRT on an Ampere GPU or "
+            "later. Leave --two-four out."
+        )
     return config
 
 

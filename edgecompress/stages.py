@@ -232,7 +232,7 @@ def recover(job: Job, policy: CompressionPolicy) -> tuple[nn.Module, Compression
         model, data, _settings(job, config.finetune_epochs), teacher=job.original,
         checkpoint=_checkpoint(job, "finetune"), on_epoch=job.progress.epoch,
     )  # fmt: skip
-    if config.noise_epochs == 0 and not chosen:
+    if config.noise_epochs == 0 and not chosen and not config.two_four:
         return model, policy
     model, noise = learn_noise(job, model) if config.noise_epochs else (model, noise_by_size(model))
     return _without_noisy_weights(job, model, noise, policy, chosen)
@@ -264,13 +264,15 @@ def _without_noisy_weights(
     Where the policy is silent, half as many go while that costs over a point on select-val.
     """
     before = accuracy_and_loss(model, job.data, job.data.select_val)[0]
-    keep = {name: chosen.get(name, 1.0) if chosen else noise.suggested_keep(name) for name in noise.log_alpha}
-    sparse = prune_elements(model, noise, keep)
-    for _ in range(0 if chosen else 3):
+    learned = job.config.noise_epochs > 0 and not chosen
+    keep = {name: noise.suggested_keep(name) if learned else chosen.get(name, 1.0) for name in noise.log_alpha}
+    pattern = _two_four_layers(job, model) if job.config.two_four else ()
+    sparse = prune_elements(model, noise, keep, pattern)
+    for _ in range(3 if learned else 0):
         if accuracy_and_loss(sparse, job.data, job.data.select_val)[0] >= before - 0.01:
             break
         keep = {name: (1 + fraction) / 2 for name, fraction in keep.items()}
-        sparse = prune_elements(model, noise, keep)
+        sparse = prune_elements(model, noise, keep, pattern)
     _hold_zeros(sparse)
     epochs = max(2, job.config.finetune_epochs // 2)
     job.progress.stage("Fine-tune the remaining weights", epochs)
@@ -280,6 +282,16 @@ def _without_noisy_weights(
     )  # fmt: skip
     layers = {name: LayerChoice(keep_elements=_nonzero(sparse, name)) for name in keep}
     return copy.deepcopy(_released(sparse)), policy.model_copy(update={"layers": layers})
+
+
+def _two_four_layers(job: Job, model: nn.Module) -> list[str]:
+    """Layers that the target's sparse kernels can run: ungrouped, their input channels filling whole blocks."""
+    block = max(4, job.target.divisor)
+    return [
+        name for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) and module.in_features % block == 0)
+        or (isinstance(module, nn.Conv2d) and module.groups == 1 and module.in_channels % block == 0)
+    ]  # fmt: skip
 
 
 def _hold_zeros(model: nn.Module) -> None:
