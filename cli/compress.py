@@ -59,7 +59,14 @@ from edgecompress.cli.flags import switch
 @click.option(
     "--episodes", type=click.IntRange(min=8), default=80, show_default=True, help="Policies evaluated per stage."
 )
-@click.option("--importance", default="l2", show_default=True, help="Which channels go first: l2 or l1.")
+@click.option(
+    "--importance", default="l2", show_default=True,
+    help="Which channels go first: by weights (l2, l1, bn-scale) or by training images (taylor, chip).",
+)  # fmt: skip
+@switch(
+    "reconstruct", default=True,
+    help="Refit the layers that lost inputs by least squares, in every episode and before fine-tuning; on by default.",
+)  # fmt: skip
 @click.option(
     "--prune-reward", default="accuracy-flops-latency", show_default=True,
     help="Reward of stage 1: accuracy-flops-latency, accuracy-bytes-latency, paper, accuracy, soft-target or module:function.",
@@ -76,6 +83,7 @@ from edgecompress.cli.flags import switch
 @click.option(
     "--noise-epochs", type=click.IntRange(min=0), default=3, show_default=True, help="Information dropout; 0 skips it."
 )
+@switch("two-four", help="Keep two of four neighbouring input channels of every weight, for sparse kernels (Ampere).")
 @click.option(
     "--ranges", default="mse", show_default=True,
     help="How activation ranges are set from calibration images: mse, minmax, percentile or entropy.",

@@ -8,6 +8,6 @@ from typing import Any
 import click
 
 
-def switch(name: str, *parameter: str, help: str) -> Callable[[Any], Any]:
-    """``--name/--no-name``, off by default."""
-    return click.option(f"--{name}/--no-{name}", *parameter, default=False, help=help)
+def switch(name: str, *parameter: str, help: str, default: bool = False) -> Callable[[Any], Any]:
+    """``--name/--no-name``; off, unless ``default`` says on."""
+    return click.option(f"--{name}/--no-{name}", *parameter, default=default, help=help)

@@ -30,6 +30,8 @@ class TrainSettings:
     """One training run: SGD with Nesterov momentum under a cosine schedule with one epoch of warm-up.
 
     distill: weight of the teacher's outputs (`Task.distill`) against the labels.
+    ema: the result is an exponential moving average of the weights and statistics after each step with this decay, lower
+        during the first steps; 0: the last ones. Under a schedule that falls to zero the two are close.
     """
 
     epochs: int
@@ -38,6 +40,7 @@ class TrainSettings:
     weight_decay: float = 5e-4
     distill: float = 0.7
     seed: int = 0
+    ema: float = 0.0
 
 
 def train(
@@ -51,7 +54,9 @@ def train(
     checkpoint: Path | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> nn.Module:
-    """Train ``model`` in place and return it in eval mode.
+    """Train ``model`` in place, on the device where its weights are, and return it in eval mode.
+
+    On CUDA the forward passes run in bfloat16 where that is safe (`torch.autocast`), on a CPU in float32.
 
     Args:
         teacher: the original network; its outputs are distilled.
@@ -73,7 +78,9 @@ def train(
     )
     steps = math.ceil(len(data.train) / settings.batch_size)
     adam = torch.optim.Adam(noise, lr=10 / (steps * settings.epochs)) if noise else None
-    done = _restore(checkpoint, model, optimizer, settings)
+    average = _Average(model, settings.ema)
+    done = _restore(checkpoint, model, optimizer, settings, average)
+    device = next(model.parameters()).device
     if teacher is not None:
         teacher.eval()
     good = copy.deepcopy(model.state_dict())
@@ -88,7 +95,9 @@ def train(
             progress = (epoch + step / steps) / settings.epochs
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * _schedule(progress, settings.epochs)
-            loss = _loss(data.task, model(x), y, x, teacher, settings.distill)
+            x, y = x.to(device), y.to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss = _loss(data.task, model(x), y, x, teacher, settings.distill)
             if penalty is not None:
                 loss = loss + penalty(progress)
             if not torch.isfinite(loss):
@@ -102,12 +111,39 @@ def train(
             optimizer.step()
             if adam is not None:
                 adam.step()
+            average.add(model)
             total += loss.item()
         good = copy.deepcopy(model.state_dict())
-        _save(checkpoint, model, optimizer, settings, epoch + 1)
+        _save(checkpoint, model, optimizer, settings, epoch + 1, average)
         if on_epoch is not None:
             on_epoch(epoch + 1, settings.epochs, total / steps)
+    model.load_state_dict(average.state, strict=settings.ema > 0)
     return model.eval()
+
+
+class _Average:
+    """Exponential moving average of all floating-point state of a network (Polyak and Juditsky 1992); integers are copied.
+
+    After t steps the decay is ``min(decay, (1 + t) / (10 + t))``, so that a short training is not held to its start. A decay
+    of 0 holds nothing and costs nothing.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.steps = decay, 0
+        held = model.state_dict() if decay else {}
+        self.state = {key: value.detach().clone() for key, value in held.items()}
+
+    def add(self, model: nn.Module) -> None:
+        if not self.state:
+            return
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        with torch.no_grad():
+            for key, value in model.state_dict().items():
+                if value.is_floating_point():
+                    self.state[key].lerp_(value, 1 - decay)
+                else:
+                    self.state[key].copy_(value)
 
 
 def _give_up(model: nn.Module, good: dict[str, Tensor], what: str) -> NoReturn:
@@ -132,7 +168,12 @@ def _loss(task: Task, outputs: Tensor, y: Tensor, x: Tensor, teacher: nn.Module 
 
 
 def _save(
-    path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, settings: TrainSettings, epoch: int
+    path: Path | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: TrainSettings,
+    epoch: int,
+    average: _Average,
 ) -> None:
     if path is None:
         return
@@ -142,11 +183,19 @@ def _save(
     for index, state in optimizer.state_dict()["state"].items():
         if state.get("momentum_buffer") is not None:
             tensors[f"momentum.{index}"] = state["momentum_buffer"].contiguous()
+    tensors |= {f"ema.{key}": value.contiguous() for key, value in average.state.items()}
+    metadata = {"epoch": str(epoch), "settings": json.dumps(settings.__dict__), "ema_steps": str(average.steps)}
     with written_whole(path) as temporary:
-        save_file(tensors, temporary, metadata={"epoch": str(epoch), "settings": json.dumps(settings.__dict__)})
+        save_file(tensors, temporary, metadata=metadata)
 
 
-def _restore(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer, settings: TrainSettings) -> int:
+def _restore(
+    path: Path | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: TrainSettings,
+    average: _Average,
+) -> int:
     if path is None or not path.exists():
         return 0
     from safetensors import SafetensorError, safe_open
@@ -171,6 +220,9 @@ def _restore(path: Path | None, model: nn.Module, optimizer: torch.optim.Optimiz
         if key.startswith("momentum.")
     }
     optimizer.load_state_dict(state)
+    average.steps = int(metadata["ema_steps"])
+    for key, value in average.state.items():
+        value.copy_(tensors[f"ema.{key}"])
     return int(metadata["epoch"])
 
 
@@ -183,9 +235,10 @@ def accuracy_and_loss(
     """
     measured = []
     loss = 0.0
+    device = next((p.device for p in forward.parameters()), None) if isinstance(forward, nn.Module) else None
     with torch.no_grad():
         for x, y in data.batches(split, batch_size):
-            outputs = forward(x)
+            outputs = forward(x if device is None else x.to(device)).cpu()
             measured.append(data.task.measure(outputs, y))
             loss += float(data.task.loss(outputs, y, "sum"))
     return data.task.merit(measured), loss / len(split)

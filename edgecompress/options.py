@@ -11,9 +11,9 @@ from torch import nn
 from edgecompress.agents import AGENTS
 from edgecompress.data import Dataset
 from edgecompress.errors import UnknownNameError, UsageError
+from edgecompress.importance import IMPORTANCE
 from edgecompress.models import is_graph_file
 from edgecompress.original import fixed_graph_options
-from edgecompress.prune import IMPORTANCE
 from edgecompress.ranges import RANGES
 from edgecompress.reward import REWARDS
 from edgecompress.run_toml import is_path
@@ -60,6 +60,11 @@ def resolve(
     ):
         if name not in known and not (kind == "reward" and ":" in name):
             raise UnknownNameError(kind, name, known)
+    if config.two_four and not target.sparse_kernels:
+        raise UsageError(
+            f"{target.name} has no sparse kernels that a 2:4 pattern would make faster; expected TensorRT on an Ampere GPU or "
+            "later. Leave --two-four out."
+        )
     return config
 
 

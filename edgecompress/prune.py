@@ -8,62 +8,22 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from edgecompress.cuts import cut_channels, owner_of
+from edgecompress.cuts import cut_channels
 from edgecompress.data import Dataset
 from edgecompress.errors import UnknownNameError, UsageError
+from edgecompress.importance import importance_by_name, l2_importance
+from edgecompress.reconstruction import Moments, input_moments
+from edgecompress.reconstruction import reconstruct as refit
+from edgecompress.spec import CompressionPolicy
 from edgecompress.trace import Traced
-
-Importance = Callable[[nn.Module, Traced], dict[str, Tensor]]
-
-
-def l2_importance(model: nn.Module, traced: Traced) -> dict[str, Tensor]:
-    """Norm of all weights that a channel owns, summed over its dependency group (Fang et al. 2023, DepGraph).
-
-    Returns:
-        per group id a tensor ``[width]``; larger is more important.
-    """
-    return _weight_importance(model, traced, lambda weight: weight.pow(2).sum(1), lambda total: total.sqrt())
-
-
-def l1_importance(model: nn.Module, traced: Traced) -> dict[str, Tensor]:
-    """Sum of absolute weights of a channel over its dependency group (Li et al. 2017; AMC's criterion)."""
-    return _weight_importance(model, traced, lambda weight: weight.abs().sum(1), lambda total: total)
-
-
-def _weight_importance(
-    model: nn.Module, traced: Traced, reduce: Callable[[Tensor], Tensor], finish: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
-    scores = {group.id: torch.zeros(group.width) for group in traced.network.groups}
-    for cut in traced.cuts:
-        owner = owner_of(model, cut.module)
-        weight = getattr(owner, "weight", None)
-        if weight is None or weight.dim() < 2:
-            continue
-        axis = 0 if cut.side == "out" or weight.shape[1] == 1 else 1
-        if isinstance(owner, nn.ConvTranspose2d):
-            axis = 1 - axis
-        rows = reduce(weight.detach().transpose(0, axis).flatten(1))
-        # Channels at equal places of a grouped convolution's groups are read by the same slices of its weight.
-        scores[cut.group].index_add_(0, cut.channel, rows[cut.index % len(rows)])
-    return {key: finish(value) for key, value in scores.items()}
-
-
-IMPORTANCE: dict[str, Importance] = {"l2": l2_importance, "l1": l1_importance}
-
-
-def importance_by_name(name: str) -> Importance:
-    """Look up an importance criterion.
-
-    Raises:
-        UnknownNameError: no such criterion.
-    """
-    if name not in IMPORTANCE:
-        raise UnknownNameError("importance", name, IMPORTANCE)
-    return IMPORTANCE[name]
 
 
 def prune(
-    model: nn.Module, traced: Traced, keep_channels: Mapping[str, int], scores: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    traced: Traced,
+    keep_channels: Mapping[str, int],
+    scores: Mapping[str, Tensor] | None = None,
+    moments: Mapping[str, Moments] | None = None,
 ) -> nn.Module:
     """Return a smaller copy of ``model``; the most important channels of each group stay, in their order.
 
@@ -71,6 +31,8 @@ def prune(
         model: the network that was traced. It is not changed.
         keep_channels: channels left per group id; groups that are not named keep theirs.
         scores: per group ``[width]``; by default `l2_importance`.
+        moments: of the dense network's layers (`input_moments`); the layers that lost inputs are then refitted by least
+            squares. BatchNorm statistics must be taken anew afterwards.
 
     Raises:
         UsageError: a group does not exist, is not prunable, or is asked for a width it cannot have.
@@ -95,7 +57,44 @@ def prune(
     }
     smaller = copy.deepcopy(model)
     cut_channels(smaller, list(traced.cuts), keep)
+    if moments is not None:
+        refit(smaller, model, traced, keep, moments)
     return smaller
+
+
+def pruner(
+    model: nn.Module, traced: Traced, data: Dataset, *, importance: str = "l2", reconstruct: bool = True
+) -> Callable[[CompressionPolicy], nn.Module]:
+    """The function that builds a policy of ``model``: channels cut, single weights masked, layers refitted.
+
+    What all policies share (scores, moments of the dense network) is measured here, once. A policy that keeps a fraction
+    of a layer's single weights loses the smallest. BatchNorm statistics of the built network must be taken anew.
+
+    Raises:
+        UnknownNameError: no such importance.
+    """
+    scores = importance_by_name(importance)(model, traced, data)
+    moments = input_moments(model, traced, data) if reconstruct else None
+
+    def build(policy: CompressionPolicy) -> nn.Module:
+        smaller = prune(model, traced, policy.keep_channels, scores, moments)
+        for name, choice in policy.layers.items():
+            if choice.keep_elements < 1:
+                mask_smallest(smaller.get_submodule(name), choice.keep_elements)
+        return smaller
+
+    return build
+
+
+def mask_smallest(layer: nn.Module, keep: float) -> None:
+    """Set all but the ``keep`` fraction of largest weights of ``layer`` to zero, in place."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    kept = max(1, round(keep * weight.numel()))
+    mask = torch.zeros(weight.numel())
+    mask[weight.detach().abs().flatten().argsort(descending=True, stable=True)[:kept]] = 1
+    with torch.no_grad():
+        weight.mul_(mask.view(weight.shape))
 
 
 def reestimate_batchnorm(

@@ -24,10 +24,9 @@ from edgecompress.finetune import TrainSettings, train
 from edgecompress.learned_steps import LearnedSteps
 from edgecompress.pipeline import at_8_bits, calibration_batches, saved_graph
 from edgecompress.progress import Progress
-from edgecompress.prune import importance_by_name, prune
 from edgecompress.quantize import Simulator, calibrate
 from edgecompress.spec import CompressionPolicy, Frozen, LayerChoice, Stage, Trial
-from edgecompress.stages import SHORT_EPOCHS, Job, channels_of, prune_stage
+from edgecompress.stages import SHORT_EPOCHS, Job, channels_of, prune_stage, pruner_of
 from edgecompress.variational import kl_penalty, with_noise
 
 TIMED_EPISODES = 2
@@ -99,8 +98,7 @@ def rehearse(job: Job, latency: LatencyModel, size: PlannedSize, progress: Progr
         first = _first_episodes(job, spaces, lambda part: prune_stage(part, cost))
         stages.append(_planned(job, "prune", spaces[0], first))
         policy = spaces[0].to_policy(first.uniform.choice)
-        scores = importance_by_name(config.importance)(job.original, job.traced)
-        smaller = prune(job.original, job.traced, policy.keep_channels, scores)
+        smaller = pruner_of(job)(policy)
         progress.stage("Time a step of every training", 1)
         trainings += _after_pruning(job, smaller)
     if job.integer:

@@ -174,6 +174,12 @@ class Target(Frozen):
         """Channel divisor at the precision the target will run."""
         return self.channel_divisor[self.precision]
 
+    @property
+    def sparse_kernels(self) -> bool:
+        """Whether its runtime is faster on weights of which two of four are zero: TensorRT on Ampere and later."""
+        capability = self.facts.get("compute_capability", "").split(".")[0]
+        return self.exporter == "tensorrt" and capability.isdigit() and int(capability) >= 8
+
 
 _UNITS: dict[str, dict[str, float]] = {
     "flops": {"": 1, "k": 1e3, "m": 1e6, "g": 1e9},
@@ -368,10 +374,12 @@ class Config(Document):
     episodes: int = Field(default=80, ge=8)
     seed: int = 0
     importance: str = "l2"
+    reconstruct: bool = True
     prune_reward: str = "accuracy-flops-latency"
     quantize_reward: str = "accuracy-bytes-latency"
     finetune_epochs: int = Field(default=8, ge=1)
     noise_epochs: int = Field(default=3, ge=0)
+    two_four: bool = False
     ranges: str = "mse"
     equalise: bool = False
     bias_correction: bool = False

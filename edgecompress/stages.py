@@ -20,7 +20,7 @@ from edgecompress.errors import BadModelError, GoalMissedError
 from edgecompress.finetune import TrainSettings, accuracy_and_loss, train
 from edgecompress.pareto import picked
 from edgecompress.progress import Progress
-from edgecompress.prune import importance_by_name, prune, reestimate_batchnorm
+from edgecompress.prune import pruner, reestimate_batchnorm
 from edgecompress.reward import reward_by_name
 from edgecompress.runs import RunFolder
 from edgecompress.search import SearchSettings, search, top
@@ -30,6 +30,7 @@ from edgecompress.variational import (
     WeightNoise,
     kl_penalty,
     measured_noise,
+    noise_by_size,
     prune_elements,
     refresh_batchnorm,
     with_noise,
@@ -106,19 +107,27 @@ def channels_of(job: Job, cost: CostModel) -> SearchSpace:
     return channel_space(job.network, job.target, cost, limits, job.original_cost)
 
 
+def pruner_of(job: Job) -> Callable[[CompressionPolicy], nn.Module]:
+    """Builds policies with the importance and the reconstruction that were asked for."""
+    config = job.config
+    return pruner(
+        job.original, job.traced, job.data, importance=config.importance, reconstruct=config.reconstruct
+    )  # fmt: skip
+
+
 def prune_stage(job: Job, cost: CostModel) -> tuple[CompressionPolicy, str]:
     """Choose the channels of every group; returns the policy and the arm that found it."""
     if not job.network.prunable_groups:
         reasons = "; ".join(f"{group.id}: {group.reason}" for group in job.network.groups)
         raise BadModelError(f"{job.config.model} has nothing to prune ({reasons}). Run with --stages quantize.")
     space = channels_of(job, cost)
-    scores = importance_by_name(job.config.importance)(job.original, job.traced)
+    pruned = pruner_of(job)
 
     lacking = missing_classes(job.data, job.data.search_val, "search-val")
     if lacking:
         job.progress.note(lacking)
     episodes = Episodes(
-        lambda policy: prune(job.original, job.traced, policy.keep_channels, scores),
+        pruned,
         job.data, job.data.search_val, seed=job.config.seed,
     )  # fmt: skip
 
@@ -220,18 +229,18 @@ def _tightened(
 def recover(job: Job, policy: CompressionPolicy) -> tuple[nn.Module, CompressionPolicy]:
     """Cut the channels, fine-tune with distillation, learn the noise, remove single weights, fine-tune what is left."""
     config, data = job.config, job.data
-    scores = importance_by_name(config.importance)(job.original, job.traced)
-    model = prune(job.original, job.traced, policy.keep_channels, scores)
+    chosen = {name: choice.keep_elements for name, choice in policy.layers.items() if choice.keep_elements < 1}
+    model = pruner_of(job)(policy.model_copy(update={"layers": {}}))
     reestimate_batchnorm(model, data, seed=config.seed)
     job.progress.stage("Fine-tune with distillation", config.finetune_epochs)
     train(
         model, data, train_settings(job, config.finetune_epochs), teacher=job.original,
         checkpoint=checkpoint_of(job, "finetune"), on_epoch=job.progress.epoch,
     )  # fmt: skip
-    if config.noise_epochs == 0:
+    if config.noise_epochs == 0 and not chosen and not config.two_four:
         return model, policy
-    model, noise = learn_noise(job, model)
-    return _without_noisy_weights(job, model, noise, policy)
+    model, noise = learn_noise(job, model) if config.noise_epochs else (model, noise_by_size(model))
+    return _without_noisy_weights(job, model, noise, policy, chosen)
 
 
 def learn_noise(job: Job, model: nn.Module) -> tuple[nn.Module, WeightNoise]:
@@ -253,17 +262,22 @@ def learn_noise(job: Job, model: nn.Module) -> tuple[nn.Module, WeightNoise]:
 
 
 def _without_noisy_weights(
-    job: Job, model: nn.Module, noise: WeightNoise, policy: CompressionPolicy
+    job: Job, model: nn.Module, noise: WeightNoise, policy: CompressionPolicy, chosen: Mapping[str, float]
 ) -> tuple[nn.Module, CompressionPolicy]:
-    """Remove the weights that log-alpha names, half as many again while that costs over a point on select-val."""
+    """Remove the weights that log-alpha names: as many as the policy chose per layer, else as the threshold says.
+
+    Where the policy is silent, half as many go while that costs over a point on select-val.
+    """
     before = accuracy_and_loss(model, job.data, job.data.select_val)[0]
-    keep = {name: noise.suggested_keep(name) for name in noise.log_alpha}
-    sparse = model
-    for _ in range(4):
-        sparse = prune_elements(model, noise, keep)
+    learned = job.config.noise_epochs > 0 and not chosen
+    keep = {name: noise.suggested_keep(name) if learned else chosen.get(name, 1.0) for name in noise.log_alpha}
+    pattern = _two_four_layers(job, model) if job.config.two_four else ()
+    sparse = prune_elements(model, noise, keep, pattern)
+    for _ in range(3 if learned else 0):
         if accuracy_and_loss(sparse, job.data, job.data.select_val)[0] >= before - 0.01:
             break
         keep = {name: (1 + fraction) / 2 for name, fraction in keep.items()}
+        sparse = prune_elements(model, noise, keep, pattern)
     _hold_zeros(sparse)
     epochs = max(2, job.config.finetune_epochs // 2)
     job.progress.stage("Fine-tune the remaining weights", epochs)
@@ -273,6 +287,16 @@ def _without_noisy_weights(
     )  # fmt: skip
     layers = {name: LayerChoice(keep_elements=_nonzero(sparse, name)) for name in keep}
     return copy.deepcopy(_released(sparse)), policy.model_copy(update={"layers": layers})
+
+
+def _two_four_layers(job: Job, model: nn.Module) -> list[str]:
+    """Layers that the target's sparse kernels can run: ungrouped, their input channels filling whole blocks."""
+    block = max(4, job.target.divisor)
+    return [
+        name for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) and module.in_features % block == 0)
+        or (isinstance(module, nn.Conv2d) and module.groups == 1 and module.in_channels % block == 0)
+    ]  # fmt: skip
 
 
 def _hold_zeros(model: nn.Module) -> None:
@@ -301,6 +325,7 @@ def checkpoint_of(job: Job, name: str) -> Path:
 
 
 __all__ = [
-    "Job", "channels_of", "checkpoint_of", "learn_noise", "limits_for", "prune_stage", "recover", "remeasured", "searched",
+    "Job", "channels_of", "checkpoint_of", "learn_noise", "limits_for", "prune_stage", "pruner_of", "recover", "remeasured",
+    "searched",
     "train_settings",
 ]  # fmt: skip

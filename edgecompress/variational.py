@@ -9,7 +9,7 @@ dropout (Molchanov et al. 2017) gives every weight ``theta`` a variance ``sigma*
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -80,14 +80,32 @@ class WeightNoise:
 
     log_alpha: Mapping[str, Tensor]
 
-    def mask(self, name: str, keep: float) -> Tensor:
-        """True for the ``keep`` fraction of weights with the lowest log-alpha."""
+    def mask(self, name: str, keep: float, *, two_four: bool = False) -> Tensor:
+        """True for the ``keep`` fraction of weights with the lowest log-alpha; with ``two_four`` in that pattern, at most."""
         scores = self.log_alpha[name]
         kept = max(1, round(keep * scores.numel()))
+        if two_four:
+            pattern = self.two_four(name)
+            scores = scores.masked_fill(~pattern, torch.inf)
+            kept = min(kept, int(pattern.sum()))
         order = scores.flatten().argsort(stable=True)
         mask = torch.zeros(scores.numel(), dtype=torch.bool)
         mask[order[:kept]] = True
         return mask.view(scores.shape)
+
+    def two_four(self, name: str) -> Tensor:
+        """True for the two of four neighbouring input channels with the lowest log-alpha, per output and kernel position.
+
+        Sparse tensor cores take this pattern (Mishra et al. 2021, *Accelerating Sparse Deep Neural Networks*). A last group
+        of fewer than four counts as filled up with zeros.
+        """
+        scores = self.log_alpha[name]
+        outputs, inputs = scores.shape[:2]
+        filled = F.pad(scores.reshape(outputs, inputs, -1).transpose(1, 2), (0, -inputs % 4), value=torch.inf)
+        fours = filled.reshape(outputs, filled.shape[1], -1, 4)
+        rank = fours.argsort(dim=3, stable=True).argsort(dim=3)
+        kept = (rank < 2).reshape(filled.shape)[:, :, :inputs]
+        return kept.transpose(1, 2).reshape(scores.shape)
 
     def suggested_keep(self, name: str) -> float:
         """The fraction of weights whose log-alpha lies below the threshold of the paper."""
@@ -132,14 +150,27 @@ def measured_noise(layers: Mapping[str, NoisyLayer]) -> WeightNoise:
     return WeightNoise({name: layer.log_alpha.detach().clone() for name, layer in layers.items()})
 
 
-def prune_elements(model: nn.Module, noise: WeightNoise, keep: Mapping[str, float]) -> nn.Module:
-    """A copy of ``model`` whose noisiest weights are zero; ``keep`` is the fraction kept per layer name."""
+def noise_by_size(model: nn.Module) -> WeightNoise:
+    """Log-alpha where every weight of a layer has the same noise: ranks weights by magnitude, before any is learned."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    return WeightNoise({name: -(layer.weight.detach().pow(2) + 1e-8).log() for name, layer in layers.items()})
+
+
+def prune_elements(
+    model: nn.Module, noise: WeightNoise, keep: Mapping[str, float], two_four: Collection[str] = ()
+) -> nn.Module:
+    """A copy of ``model`` whose noisiest weights are zero.
+
+    Args:
+        keep: the fraction kept per layer name.
+        two_four: layers that must come out in the 2:4 pattern, however large their fraction is.
+    """
     sparse = copy.deepcopy(model)
     with torch.no_grad():
         for name, fraction in keep.items():
             layer = sparse.get_submodule(name)
             assert isinstance(layer, nn.Conv2d | nn.Linear)
-            layer.weight.mul_(noise.mask(name, fraction))
+            layer.weight.mul_(noise.mask(name, fraction, two_four=name in two_four))
     return sparse
 
 
@@ -154,6 +185,6 @@ def refresh_batchnorm(model: nn.Module, data: Dataset, *, seed: int = 0) -> None
 
 
 __all__ = [
-    "NoisyLayer", "WeightNoise", "kl_penalty", "measured_noise", "prune_elements", "refresh_batchnorm", "with_noise",
+    "NoisyLayer", "WeightNoise", "kl_penalty", "measured_noise", "noise_by_size", "prune_elements", "refresh_batchnorm", "with_noise",
     "without_noise",
 ]  # fmt: skip

@@ -46,8 +46,46 @@ def test_same_seed_trains_the_same_weights_and_another_seed_does_not(data, train
     assert not same(train(fresh(), data, replace(SETTINGS, seed=1)), trained)
 
 
+def test_average_of_the_weights_by_hand(data):
+    """Integers are copied; the decay of the first steps is (1 + t) / (10 + t)."""
+    states = []
+    model = fresh()
+    start = {key: value.clone() for key, value in model.state_dict().items()}
+
+    one = replace(data, train=data.train.take(torch.arange(32)))
+    averaged = train(fresh(), one, replace(SETTINGS, epochs=1, ema=0.9)).state_dict()
+    plain = train(
+        model, one, replace(SETTINGS, epochs=1),
+        penalty=lambda _: states.append({k: v.clone() for k, v in model.state_dict().items()}) or torch.tensor(0.0),
+    ).state_dict()  # fmt: skip
+    first, last = states[1], plain  # after the first and the second step; running statistics are one forward ahead
+    for key, parameter in model.named_parameters():
+        wanted = start[key].lerp(first[key], 9 / 11).lerp(last[key], 9 / 12)
+        assert torch.allclose(averaged[key], wanted, atol=1e-6), key
+        assert not torch.equal(averaged[key], parameter)
+    assert int(averaged["stem.1.num_batches_tracked"]) == int(plain["stem.1.num_batches_tracked"])
+
+
+def test_average_keeps_weights_that_are_held_at_zero(data):
+    model = fresh()
+    with torch.no_grad():
+        model.b2[0].weight[:, :4] = 0
+    mask = (model.b2[0].weight != 0).float()
+    model.b2[0].weight.register_hook(lambda gradient: gradient * mask)
+    train(model, data, replace(SETTINGS, epochs=1, ema=0.99))
+    assert bool((model.b2[0].weight[:, :4] == 0).all()) and bool((model.b2[0].weight[:, 4:] != 0).all())
+
+
 @pytest.mark.parametrize("stop_after", [1, 3])
-def test_interrupted_training_goes_on_to_the_same_weights(data, trained, tmp_path, stop_after):
+def test_interrupted_average_goes_on_to_the_same_weights(data, tmp_path, stop_after):
+    settings = replace(SETTINGS, ema=0.95)
+    whole = train(fresh(), data, settings)
+    interrupted_training(data, settings, tmp_path / "e.safetensors", stop_after)
+    assert same(train(fresh(5), data, settings, checkpoint=tmp_path / "e.safetensors"), whole)
+    assert not same(whole, train(fresh(), data, SETTINGS))
+
+
+def interrupted_training(data, settings: TrainSettings, path, stop_after: int) -> None:
     class Killed(Exception):
         pass
 
@@ -55,9 +93,14 @@ def test_interrupted_training_goes_on_to_the_same_weights(data, trained, tmp_pat
         if epoch == stop_after:
             raise Killed
 
-    path = tmp_path / "epoch.safetensors"
     with pytest.raises(Killed):
-        train(fresh(), data, SETTINGS, checkpoint=path, on_epoch=kill)
+        train(fresh(), data, settings, checkpoint=path, on_epoch=kill)
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_interrupted_training_goes_on_to_the_same_weights(data, trained, tmp_path, stop_after):
+    path = tmp_path / "epoch.safetensors"
+    interrupted_training(data, SETTINGS, path, stop_after)
     epochs = []
     resumed = train(fresh(5), data, SETTINGS, checkpoint=path, on_epoch=lambda e, n, loss: epochs.append((e, n)))
     assert same(resumed, trained)

@@ -10,18 +10,21 @@ from sample_networks import Mobile, Residual, patterns, settled
 from torch import nn
 
 from edgecompress.cost import count
+from edgecompress.errors import UsageError
 from edgecompress.finetune import TrainSettings, accuracy_and_loss, train
 from edgecompress.latency_tables.targets import target_by_name
+from edgecompress.options import resolve
 from edgecompress.progress import Silent
 from edgecompress.runs import RunFolder
-from edgecompress.spec import CompressionPolicy, Config
-from edgecompress.stages import Job, learn_noise
+from edgecompress.spec import CompressionPolicy, Config, LayerChoice
+from edgecompress.stages import Job, learn_noise, recover
 from edgecompress.trace import trace
 from edgecompress.variational import (
     NoisyLayer,
     WeightNoise,
     kl_penalty,
     measured_noise,
+    noise_by_size,
     prune_elements,
     refresh_batchnorm,
     with_noise,
@@ -83,6 +86,57 @@ def test_mask_keeps_the_quietest_weights():
     assert noise.mask("a", 0.75).tolist() == [[True, True], [False, True]]
     assert int(noise.mask("a", 1e-9).sum()) == 1 and bool(noise.mask("a", 1.0).all())
     assert noise.suggested_keep("a") == 0.75
+
+
+@pytest.mark.parametrize("inputs", [4, 8, 6])
+def test_two_four_keeps_the_two_quietest_of_four_neighbouring_inputs(inputs):
+    torch.manual_seed(0)
+    noise = WeightNoise({"a": torch.randn(5, inputs, 3, 3), "fc": torch.randn(5, inputs)})
+    for name, scores in noise.log_alpha.items():
+        mask = noise.two_four(name)
+        for start in range(0, inputs, 4):
+            part, kept = scores[:, start : start + 4], mask[:, start : start + 4]
+            assert bool((kept.sum(1) == 2).all())
+            worst = part.masked_fill(~kept, -torch.inf).amax(1)
+            assert bool((worst <= part.masked_fill(kept, torch.inf).amin(1)).all())
+        assert torch.equal(noise.mask(name, 1.0, two_four=True), mask)
+        fewer = noise.mask(name, 0.25, two_four=True)
+        assert int(fewer.sum()) == round(0.25 * scores.numel()) and bool((mask | ~fewer).all())
+
+
+def test_noise_by_size_ranks_as_magnitude_does():
+    model = settled(Residual(4))
+    weight = model.b2[0].weight.detach()
+    mask = noise_by_size(model).mask("b2.0", 0.5)
+    assert float(weight[mask].abs().min()) >= float(weight[~mask].abs().max())
+
+
+@pytest.mark.parametrize(("epochs", "two_four"), [(1, False), (0, False), (0, True)])
+def test_recovery_keeps_the_single_weights_that_the_policy_chose(tmp_path, epochs, two_four):
+    """By log-alpha where noise is learned, by size where it is not; the pattern only where channels fill its blocks."""
+    data, model = patterns(per_class=20), settled(Residual(4))
+    traced = trace(model, (3, 16, 16), "residual")
+    target = target_by_name("jetson").model_copy(update={"channel_divisor": {"int8": 8}})
+    job = Job(
+        config=Config(budget="flops=0.5x", finetune_epochs=1, noise_epochs=epochs, two_four=two_four), target=target,
+        data=data, run=RunFolder(tmp_path), progress=Silent(), original=model, traced=traced, limits=(),
+        original_cost=count(traced.network, CompressionPolicy(model="")),
+    )  # fmt: skip
+    layers = {"b2.0": LayerChoice(keep_elements=0.25), "fc": LayerChoice(keep_elements=0.75)}
+    found, policy = recover(job, CompressionPolicy(model="", keep_channels={"b1.0": 8}, layers=layers))
+    share = {name: float((found.get_submodule(name).weight != 0).float().mean()) for name in ("b2.0", "fc", "a1.0")}
+    assert share == {"b2.0": 0.25, "fc": 0.5 if two_four else 0.75, "a1.0": 0.5 if two_four else 1.0}
+    assert {name: policy.layers[name].keep_elements for name in share} == pytest.approx(share)
+    if two_four:
+        rows = (found.a1[0].weight != 0).reshape(8, 2, 4, 9)
+        assert bool((rows.sum(2) == 2).all()) and bool((found.stem[0].weight != 0).all())
+
+
+def test_two_four_is_for_targets_with_sparse_kernels():
+    assert target_by_name("jetson").sparse_kernels and not target_by_name("x86").sparse_kernels
+    with pytest.raises(UsageError, match="x86 has no sparse kernels"):
+        resolve("resnet8", "digits", target_by_name("x86"), "flops=0.5x", {"two_four": True})
+    assert resolve("resnet8", "digits", target_by_name("jetson"), "flops=0.5x", {"two_four": True}).two_four
 
 
 def test_pruned_elements_are_zero_and_all_others_untouched():
