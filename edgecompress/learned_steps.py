@@ -13,7 +13,6 @@ from edgecompress.interpret import float_constants, run
 from edgecompress.quantize import (
     QuantizedGraph,
     QuantizedWeight,
-    channels_last,
     clip_limit,
     find_points,
     steps_to,
@@ -38,9 +37,8 @@ class LearnedSteps(nn.Module):
         self.steps = nn.ParameterDict()
         trained = {name for layer in graph.layers for name in layer.inputs[1:] if name}
         for name, constant in float_constants(graph).items():
-            self.constants[self._names[name]] = nn.Parameter(
-                channels_last(constant.clone()), requires_grad=name in trained
-            )
+            # Not channels last: torch 2.14.1 aborted in the backward pass of narrow layers in that layout (AVX2).
+            self.constants[self._names[name]] = nn.Parameter(constant.clone(), requires_grad=name in trained)
         self._masks = {layer.name: torch.from_numpy(graph.constants[layer.inputs[1]] != 0) for layer in graph.layers}
         self._step_names: dict[str, str] = {}
         self._ends = {value: clip_limit(graph, graph.producer(value)) for value in self._points.signed}
@@ -88,7 +86,7 @@ class LearnedSteps(nn.Module):
             low, high = self._start.tensors[name].limits
             return _round_to_grid(value, self._step(f"a:{name}"), low, high)
 
-        return run(self._walked, channels_last(x), constants, on_grid)
+        return run(self._walked, x, constants, on_grid)
 
     def finished(self) -> QuantizedGraph:
         """The trained integers, steps and biases."""
