@@ -50,15 +50,19 @@ from edgecompress.cli.flags import switch
     "--agent",
     default="ddpg",
     show_default=True,
-    help="ddpg, td3, sac, evolution, random, surrogate; baselines: uniform, greedy, milp.",
+    help="ddpg, td3, sac, ppo, amc, evolution, cma-es, gp, netadapt, random, surrogate; baselines: uniform, greedy, milp.",
 )
+@click.option(
+    "--pick", type=click.Path(file_okay=False), metavar="RUN",
+    help="Take the channels from the trials of a finished run of this model, under this budget and target; no search.",
+)  # fmt: skip
 @click.option(
     "--episodes", type=click.IntRange(min=8), default=80, show_default=True, help="Policies evaluated per stage."
 )
 @click.option("--importance", default="l2", show_default=True, help="Which channels go first: l2 or l1.")
 @click.option(
     "--prune-reward", default="accuracy-flops-latency", show_default=True,
-    help="Reward of stage 1: accuracy-flops-latency, accuracy-bytes-latency, paper or accuracy.",
+    help="Reward of stage 1: accuracy-flops-latency, accuracy-bytes-latency, paper, accuracy, soft-target or module:function.",
 )  # fmt: skip
 @click.option(
     "--quantize-reward",

@@ -9,6 +9,7 @@ from typing import Protocol
 from edgecompress.spec import FLOAT_BITS, CompressionPolicy, Cost, EdgeSpec, LayerChoice, LayerSpec, Network, Source
 
 INPUT_BITS = 8
+_AS_IT_IS = LayerChoice()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,7 @@ def kernels(network: Network, policy: CompressionPolicy) -> tuple[Kernel, ...]:
     widths = original | policy.keep_channels
     result = []
     for layer in network.layers:
-        choice = policy.layers.get(layer.name, LayerChoice())
+        choice = policy.layers.get(layer.name, _AS_IT_IS)
         in_channels, out_channels = channels(layer, widths, original)
         result.append(
             Kernel(
@@ -139,7 +140,7 @@ def count(
     macs = sparse = bops = params = nonzeros = 0
     for kernel in built:
         layer_cost = layer_macs(kernel.layer, kernel.in_channels, kernel.out_channels)
-        kept = policy.layers.get(kernel.layer.name, LayerChoice()).keep_elements
+        kept = policy.layers.get(kernel.layer.name, _AS_IT_IS).keep_elements
         elements = layer_params(kernel.layer, kernel.in_channels, kernel.out_channels)
         weights = layer_weights(kernel.layer, kernel.in_channels, kernel.out_channels)
         macs += layer_cost

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import gymnasium
 import numpy as np
@@ -18,18 +18,23 @@ from numpy.typing import NDArray
 
 from edgecompress.cost import CostModel, channels, layer_macs, layer_params
 from edgecompress.errors import GoalMissedError
-from edgecompress.spec import FLOAT_BITS, Budget, CompressionPolicy, Cost, LayerChoice, Network, Target
+from edgecompress.spec import FLOAT_BITS, Budget, CompressionPolicy, Cost, LayerChoice, Metric, Network, Target
 
 Choice = tuple[int, ...]
 Vector = NDArray[np.float64]
+ELEMENTS = (1.0, 0.75, 0.5, 0.35, 0.25)  # shares of single weights that a group may keep
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How well a policy does on the search split: top-1 in [0, 1] and cross-entropy in nats."""
+    """How well a policy does on the search split: top-1 in [0, 1] and cross-entropy in nats.
+
+    ``abandoned``: the evaluator gave up after a part of the images, because the policy could not become one of the best.
+    """
 
     accuracy: float
     loss: float
+    abandoned: bool = False
 
 
 class Evaluator(Protocol):
@@ -53,6 +58,7 @@ class SearchSpace:
     ``levels[i]`` are the integers that action ``i`` may build, ascending; ``steps`` groups actions into the steps of an
     episode; ``features[s]`` describe step ``s`` in [0, 1]; ``to_policy`` turns a choice into a policy. Actions of one
     ``tied`` set take one value; those in ``only_if_asked`` stay at their largest level unless a budget binds them.
+    ``inner`` are the actions that decide about one layer's output alone, not about a width that several layers share.
     """
 
     names: tuple[str, ...]
@@ -64,6 +70,7 @@ class SearchSpace:
     limits: tuple[Limit, ...]
     tied: tuple[tuple[int, ...], ...] = ()
     only_if_asked: frozenset[int] = frozenset()
+    inner: frozenset[int] = frozenset()
 
     def price(self, choice: Choice) -> Cost:
         """The cost of a finished choice."""
@@ -124,22 +131,64 @@ class SearchSpace:
         lower, upper = 0.0, max(high[i] / max(values[i], 1e-9) for i in bound)
         if self.fits(rounded(upper)):
             return rounded(upper)
+        seen: dict[Choice, bool] = {}  # late halvings mostly round to what was priced before
         for _ in range(14):
             middle = (lower + upper) / 2
-            lower, upper = (middle, upper) if self.fits(rounded(middle)) else (lower, middle)
+            candidate = rounded(middle)
+            if candidate not in seen:
+                seen[candidate] = self.fits(candidate)
+            lower, upper = (middle, upper) if seen[candidate] else (lower, middle)
         return self.fill(rounded(lower), values * max(lower, 1e-9))
+
+    def walled(self, wishes: Vector) -> Choice:
+        """AMC's sequential wall (He et al. 2018, algorithm 1): each action in turn is lowered until the budgets can still
+        be met with everything after it at its smallest. Late actions starve and budget is left unused; for comparison."""
+        idle = self.only_if_asked - self.bound
+        choice = tuple(levels[-1] if i in idle else levels[0] for i, levels in enumerate(self.levels))
+        for action, (wish, levels) in enumerate(zip(np.clip(wishes, 0, 1), self.levels, strict=True)):
+            if action in idle:
+                continue
+            wanted = _nearest(levels, levels[0] + wish * (levels[-1] - levels[0]))
+            for level in reversed([level for level in levels if level <= wanted]):
+                candidate = self.with_value(choice, action, level)
+                if level == levels[0] or self.fits(candidate):
+                    choice = candidate
+                    break
+        return choice
+
+    @cached_property
+    def _alone(self) -> tuple[Cost, ...]:
+        """The cost with each action alone at its smallest level."""
+        return tuple(self.price(self.with_value(self.largest, i, levels[0])) for i, levels in enumerate(self.levels))
 
     @cached_property
     def bound(self) -> frozenset[int]:
         """Actions that relieve a budget when they are lowered."""
         metrics = [limit.budget.metric for limit in self.limits]
         full = self.price(self.largest)
+        return frozenset(
+            i
+            for i, levels in enumerate(self.levels)
+            if len(levels) > 1 and any(self._alone[i].metric(metric) < full.metric(metric) for metric in metrics)
+        )
 
-        def relieves(action: int) -> bool:
-            cost = self.price(self.with_value(self.largest, action, self.levels[action][0]))
-            return any(cost.metric(metric) < full.metric(metric) for metric in metrics)
+    @cached_property
+    def relief(self) -> NDArray[np.float32]:
+        """``[steps, width]``: the share of all that single actions can save which this one saves, of the first limit's metric."""
+        metric: Metric = self.limits[0].budget.metric if self.limits else "flops"
+        full = self.price(self.largest).metric(metric)
+        saved = np.array([max(full - cost.metric(metric), 0.0) for cost in self._alone])
+        shares = saved / max(saved.sum(), 1e-9)
+        return np.array([[shares[i] for i in step] for step in self.steps], np.float32)
 
-        return frozenset(i for i, levels in enumerate(self.levels) if len(levels) > 1 and relieves(i))
+    @cached_property
+    def tightness(self) -> NDArray[np.float32]:
+        """Every metric's limit as a share of the largest policy's cost; 1 where there is no limit."""
+        full = self.price(self.largest)
+        shares = dict.fromkeys(get_args(Metric), 1.0)
+        for limit in self.limits:
+            shares[limit.budget.metric] = min(limit.value / max(full.metric(limit.budget.metric), 1e-9), 1.0)
+        return np.array(list(shares.values()), np.float32)
 
     def fill(self, choice: Choice, wanted: Vector) -> Choice:
         """Raise one bound action by one level while a budget allows it, the one furthest below ``wanted`` first."""
@@ -210,31 +259,57 @@ def allowed_widths(width: int, divisor: int) -> tuple[int, ...]:
     return tuple(sorted(widths))
 
 
-def channel_space(
+def channel_space(  # noqa: PLR0913 (what a stage knows)
     network: Network,
     target: Target,
     cost: CostModel,
     limits: Sequence[Limit],
     original: Cost,
     divisor: int | None = None,
+    *,
+    elements: Sequence[float] = (),
+    only_if_asked: bool = True,
+    bits: int = FLOAT_BITS,
+    sensitivity: Callable[[str], float] | None = None,
 ) -> SearchSpace:
-    """Stage 1: one action per prunable channel group, the channels it keeps."""
+    """Stage 1: per prunable channel group one action, the channels it keeps; with ``elements`` a second one.
+
+    Args:
+        elements: shares of single weights that the layers which a group writes may keep, for example `ELEMENTS`. The
+            second action's levels are these in thousandths.
+        only_if_asked: the second action stays at 1 unless a budget binds it; otherwise a reward decides, as the paper's.
+        bits: of weights and inputs in the policies; a latency or a size may be asked for at these.
+        sensitivity: group id -> how much the outputs move when it alone is cut (any unit); a feature of the state.
+    """
     groups = network.prunable_groups
-    names = tuple(group.id for group in groups)
+    width = 2 if elements else 1
+    shares = tuple(sorted({round(1000 * share) for share in (*elements, 1.0)}))
 
     def to_policy(choice: Choice) -> CompressionPolicy:
+        kept: dict[str, LayerChoice] = {}
+        for group, share in zip(groups, choice[1::2] if elements else (), strict=False):
+            for member in group.members:
+                # A layer has one output: it is a member of one group.
+                kept[member] = LayerChoice.model_construct(
+                    keep_elements=share / 1000, weight_bits=bits, activation_bits=bits
+                )
+        channels_kept = {group.id: count for group, count in zip(groups, choice[::width], strict=True)}
         return CompressionPolicy.model_construct(
-            model=network.model, keep_channels=dict(zip(names, choice, strict=True)), layers={}, provenance={}
+            model=network.model, keep_channels=channels_kept, layers=kept, provenance={}
         )
 
+    names = [(group.id, f"{group.id}:elements")[:width] for group in groups]
+    levels = [(allowed_widths(group.width, divisor or target.divisor), shares)[:width] for group in groups]
     return SearchSpace(
-        names=names,
-        levels=tuple(allowed_widths(group.width, divisor or target.divisor) for group in groups),
-        steps=tuple((i,) for i in range(len(groups))),
-        features=_group_features(network, original),
+        names=tuple(name for pair in names for name in pair),
+        levels=tuple(values for pair in levels for values in pair),
+        steps=tuple(tuple(range(width * i, width * (i + 1))) for i in range(len(groups))),
+        features=_group_features(network, original, cost, sensitivity),
         to_policy=to_policy,
         cost=cost,
         limits=tuple(limits),
+        only_if_asked=frozenset(range(1, 2 * len(groups), 2)) if elements and only_if_asked else frozenset(),
+        inner=frozenset(width * i for i, group in enumerate(groups) if len(group.members) == 1),
     )
 
 
@@ -289,9 +364,13 @@ def _scaled(columns: Sequence[Sequence[float]]) -> NDArray[np.float32]:
     return np.where(high > low, (table - low) / np.where(high > low, high - low, 1), 0).astype(np.float32)
 
 
-def _group_features(network: Network, original: Cost) -> NDArray[np.float32]:
-    """AMC's and Distiller's layer features, summed over the layers whose output or input a group cuts."""
+def _group_features(
+    network: Network, original: Cost, cost: CostModel, sensitivity: Callable[[str], float] | None
+) -> NDArray[np.float32]:
+    """AMC's and Distiller's layer features, summed over the layers whose output or input a group cuts; then the share of
+    the predicted latency that goes with half of its channels, and its sensitivity, where they are known."""
     rows = []
+    whole = cost(CompressionPolicy(model=network.model))
     for number, group in enumerate(network.prunable_groups):
         written = [layer for layer in network.layers if any(term.group == group.id for term in layer.out_terms)]
         read = [layer for layer in network.layers if any(term.group == group.id for term in layer.in_terms)]
@@ -300,8 +379,16 @@ def _group_features(network: Network, original: Cost) -> NDArray[np.float32]:
             number, group.width, first.in_channels, first.kernel[0], first.stride[0], first.output_hw[0], len(written),
             sum(layer.macs for layer in written) / original.macs, sum(layer.macs for layer in read) / original.macs,
             sum(layer.params for layer in (*written, *read)) / original.params,
+            _latency_share(network, group.id, group.width, cost, whole), sensitivity(group.id) if sensitivity else 0.0,
         ])  # fmt: skip
     return _scaled(list(zip(*rows, strict=True)))
+
+
+def _latency_share(network: Network, group: str, width: int, cost: CostModel, whole: Cost) -> float:
+    if not whole.latency_us:
+        return 0.0
+    halved = cost(CompressionPolicy(model=network.model, keep_channels={group: max(width // 2, 1)}))
+    return max(1 - (halved.latency_us or 0.0) / whole.latency_us, 0.0)
 
 
 def _layer_features(network: Network, keep_channels: Mapping[str, int], named: set[str]) -> NDArray[np.float32]:
@@ -323,17 +410,19 @@ class PolicyEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         space: what may be chosen.
         score: choice -> reward (a search counts, caches and journals behind it).
 
-    Observation: the step's features, the previous wish, and the mean wish so far. Action: wishes in [-1, 1]. The last
-    step's ``info`` holds ``choice`` and ``executed``: the projected actions of all steps, which belong in the replay.
+    Observation: `observed`. Action: wishes in [-1, 1]. The last step's ``info`` holds ``choice`` and ``executed``: the
+    projected actions of all steps, which belong in the replay.
+    ``wall``: keep the budget as AMC does, one action after the other, instead of projecting the whole vector.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (gymnasium's own signature)
 
-    def __init__(self, space: SearchSpace, score: Callable[[Choice], float]) -> None:
+    def __init__(self, space: SearchSpace, score: Callable[[Choice], float], *, wall: bool = False) -> None:
         self.space = space
         self.score = score
+        self.wall = wall
         self.width = len(space.steps[0])
-        size = space.features.shape[1] + self.width + 1
+        size = observed(space, np.zeros((1, 0, self.width), np.float32)).shape[1]
         self.observation_space = spaces.Box(0.0, 1.0, (size,), np.float32)
         self.action_space = spaces.Box(-1.0, 1.0, (self.width,), np.float32)
         self._wishes: list[NDArray[np.float32]] = []
@@ -353,7 +442,7 @@ class PolicyEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         wishes = np.zeros(len(self.space.levels))
         for step, wish in zip(self.space.steps, self._wishes, strict=True):
             wishes[list(step)] = wish
-        choice = self.space.project(wishes)
+        choice = self.space.walled(wishes) if self.wall else self.space.project(wishes)
         reward = self.score(choice)
         return self._observe(), reward, True, False, {"choice": choice, "executed": self.executed(choice)}
 
@@ -364,21 +453,35 @@ class PolicyEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
 
     def observations(self, choice: Choice) -> NDArray[np.float32]:
         """What the agent would have seen on its way to ``choice``, ``[steps + 1, size]``."""
-        self._wishes = []
-        seen = [self._observe()]
-        for action in self.executed(choice):
-            self._wishes.append(np.asarray((action + 1) / 2, np.float32))
-            seen.append(self._observe())
-        return np.stack(seen)
+        wishes = ((self.executed(choice)[None] + 1) / 2).astype(np.float32)
+        return np.concatenate([observed(self.space, wishes[:, :step]) for step in range(wishes.shape[1] + 1)])
 
     def _observe(self) -> NDArray[np.float32]:
-        step = min(len(self._wishes), len(self.space.steps) - 1)
-        previous = self._wishes[-1] if self._wishes else np.ones(self.width, np.float32)
-        mean = np.float32(np.mean(self._wishes) if self._wishes else 1.0)
-        return np.concatenate([self.space.features[step], previous, [mean]]).astype(np.float32)
+        wishes = np.reshape(np.array(self._wishes, np.float32), (1, len(self._wishes), self.width))
+        seen: NDArray[np.float32] = observed(self.space, wishes)[0]
+        return seen
+
+
+def observed(space: SearchSpace, wishes: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What an agent sees after the wishes ``[episodes, steps done, width]`` in [0, 1]: ``[episodes, size]`` in [0, 1].
+
+    AMC's state (He et al. 2018, section 3.1): features of the step at hand, what the wishes so far give up of the budget and
+    what the steps after this one could (`SearchSpace.relief`), and the previous wish; beside it the mean wish, and how
+    tight each metric's budget is, so that one agent can serve several budgets.
+    """
+    count, done, width = wishes.shape
+    step = min(done, len(space.steps) - 1)
+    previous = wishes[:, -1] if done else np.ones((count, width), np.float32)
+    mean = wishes.mean((1, 2)) if done else np.ones(count, np.float32)
+    relief = space.relief
+    reduced = ((1 - wishes) * relief[:done]).sum((1, 2))
+    rest = np.full(count, relief[step + 1 :].sum())
+    alike = np.tile(np.concatenate([space.features[step], space.tightness]), (count, 1))
+    return np.column_stack([alike, previous, mean, reduced, rest]).astype(np.float32).clip(0, 1)
 
 
 __all__ = [
+    "ELEMENTS",
     "FLOAT_BITS", "Choice", "Evaluator", "Limit", "Outcome", "PolicyEnv", "SearchSpace", "allowed_widths",
-    "bitwidth_space", "channel_space",
+    "bitwidth_space", "channel_space", "observed",
 ]  # fmt: skip

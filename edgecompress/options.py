@@ -58,7 +58,7 @@ def resolve(
         ("reward", config.quantize_reward, REWARDS),
         ("way to set ranges", config.ranges, RANGES),
     ):
-        if name not in known:
+        if name not in known and not (kind == "reward" and ":" in name):
             raise UnknownNameError(kind, name, known)
     return config
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from edgecompress.errors import UnknownNameError
+from edgecompress.errors import UnknownNameError, UsageError
+from edgecompress.imports import imported
 from edgecompress.spec import Cost
 
 Reward = Callable[[float, Cost, Cost], float]
@@ -48,20 +49,49 @@ def accuracy_only(accuracy: float, cost: Cost, original: Cost) -> float:
     return accuracy
 
 
+def soft_target(beta: float = -0.07, target: float = 0.5) -> Reward:
+    """A soft target form, one-sided: ``R = acc * max(cost / (target * cost_0), 1) ** beta``.
+
+    MnasNet's weighted product with a hard knee (Tan et al. 2019, equation 2, alpha = 0, beta = -0.07; Galen, Krestel et al.
+    2023, rewards latency in the same spirit): what is cheaper than the target earns nothing more, what costs twice as much
+    loses 5 %. The cost is the latency where it is known, else the MACs.
+
+    Args:
+        target: share of the original's cost that is aimed at.
+    """
+
+    def reward(accuracy: float, cost: Cost, original: Cost) -> float:
+        ratio = cost.macs / original.macs
+        if cost.latency_us is not None and original.latency_us:
+            ratio = cost.latency_us / original.latency_us
+        return accuracy * float(max(ratio / target, 1.0) ** beta)
+
+    return reward
+
+
 REWARDS: dict[str, Reward] = {
     "accuracy-flops-latency": accuracy_flops_latency,
     "accuracy-bytes-latency": accuracy_bytes_latency,
     "paper": paper,
     "accuracy": accuracy_only,
+    "soft-target": soft_target(),
 }
 
 
 def reward_by_name(name: str) -> Reward:
-    """Look up a reward.
+    """Look up a reward, or import a user's function by ``package.module:function``.
 
     Raises:
-        UnknownNameError: no such reward.
+        UnknownNameError: no such reward. UsageError: the function cannot be imported or called.
     """
+    if ":" in name:
+        found = imported(name, "reward", UsageError)
+        if not callable(found):
+            raise UsageError(
+                f"The reward '{name}' is a {type(found).__name__}; expected a function (accuracy, cost, original)."
+            )
+        own: Reward = found
+        return own
     if name not in REWARDS:
         raise UnknownNameError("reward", name, REWARDS)
     return REWARDS[name]

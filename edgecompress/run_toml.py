@@ -13,7 +13,7 @@ from pathlib import Path
 from edgecompress.spec import Config
 
 FILE_NAME = "run.toml"
-_ALWAYS_PATHS = ("table", "runs", "tensorboard")
+_ALWAYS_PATHS = ("table", "runs", "tensorboard", "pick")
 _GRAPH_SUFFIXES = (".onnx", ".pt2")
 _KEYWORDS = {"weights": ("default", "none"), "preprocessing": ("auto", "data", "weights")}
 

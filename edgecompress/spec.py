@@ -284,7 +284,10 @@ def weakest(sources: Iterable[Source]) -> Source:
 
 
 class Trial(Frozen):
-    """One evaluated policy: a line of ``trials.jsonl``. ``choice`` are the integers that were built, in env order."""
+    """One evaluated policy: a line of ``trials.jsonl``. ``choice`` are the integers that were built, in env order.
+
+    An ``abandoned`` trial was measured on a part of the images only, and is never chosen.
+    """
 
     stage: Stage
     episode: int
@@ -294,6 +297,7 @@ class Trial(Frozen):
     loss: float
     reward: float
     cost: Cost
+    abandoned: bool = False
 
 
 class Preprocessing(Frozen):
@@ -360,6 +364,7 @@ class Config(Document):
     max_accuracy_drop: float | None = None
     stages: tuple[Stage, ...] = Field(default=("prune", "quantize"), min_length=1)
     agent: str = "ddpg"
+    pick: str | None = None
     episodes: int = Field(default=80, ge=8)
     seed: int = 0
     importance: str = "l2"

@@ -19,6 +19,7 @@ from edgecompress.errors import BadModelError, GoalMissedError
 from edgecompress.exporters.sizes import FileSize
 from edgecompress.finetune import TrainSettings, accuracy_and_loss, train
 from edgecompress.graph import Graph
+from edgecompress.pareto import picked
 from edgecompress.posttraining import bias_corrected
 from edgecompress.progress import Progress
 from edgecompress.prune import importance_by_name, prune, reestimate_batchnorm
@@ -151,6 +152,10 @@ def _searched(
     )
     title = "Stage 1: channels" if stage == "prune" else "Stage 2: bit-widths"
     job.progress.stage(title, settings.episodes)
+    if job.config.pick is not None and stage == "prune":
+        job.progress.note(f"the channels are picked from the trials of {job.config.pick}; nothing is searched")
+        earlier = RunFolder(Path(job.config.pick)).trials()
+        return picked(space, earlier, stage, reward_by_name(reward), job.original_cost)
     trials = search(
         space, evaluate, reward_by_name(reward), job.original_cost, settings,
         journal=job.run.file("trials.jsonl"), known=job.run.trials(),

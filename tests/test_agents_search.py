@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from edgecompress.agents import SB3_AGENTS, make_agent
+from edgecompress.agents import AGENTS, OFF_POLICY, STATIC, make_agent
+from edgecompress.arms import ARMS
 from edgecompress.envs import Limit, Outcome, PolicyEnv, SearchSpace
 from edgecompress.errors import GoalMissedError, UnknownNameError
 from edgecompress.files import read_lines
@@ -55,7 +56,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("name", "seed"), [*((name, 0) for name in SB3_AGENTS), ("ddpg", 1)])
+@pytest.mark.parametrize(("name", "seed"), [*((name, 0) for name in OFF_POLICY), ("ddpg", 1)])
 def test_agent_learns_a_fixed_wish_and_beats_random_search(name, seed):
     """An identity environment (Stable-Baselines3's own test): the reward is how near the policy is to one vector."""
     space = simple_space(None)
@@ -144,7 +145,23 @@ def test_search_finds_a_good_policy(unbroken):
     )
 
 
-@pytest.mark.parametrize("agent", ["ddpg", "sac", "td3", "evolution", "random", "surrogate"])
+def test_every_arm_has_its_name():
+    assert set(AGENTS) == {*ARMS, *STATIC}
+
+
+@pytest.mark.parametrize("agent", [name for name in AGENTS if name != "milp"])
+def test_every_arm_keeps_to_the_one_budget(agent):
+    landscape = Landscape()
+    trials = searched(landscape, agent=agent, episodes=34)
+    assert landscape.calls <= 34 and trials and all(trial.cost.macs <= 400 for trial in trials)
+    assert landscape.calls == 34 or agent in {*STATIC, "netadapt"}
+    arms = {trial.arm for trial in trials}
+    if agent in ARMS:
+        assert arms & {agent, "mutation"}
+        assert ((16,) * GROUPS in landscape.seen) == (agent not in {"amc", "random", "netadapt", "uniform"})
+
+
+@pytest.mark.parametrize("agent", ["ddpg", "sac", "ppo", "amc", "gp", "cma-es", "evolution", "random", "surrogate"])
 def test_same_seed_gives_the_same_trials(agent, unbroken):
     first = searched(agent=agent, episodes=28)
     assert searched(agent=agent, episodes=28) == first
@@ -184,7 +201,7 @@ def test_search_resumes_to_the_identical_trials(unbroken, tmp_path, kept, torn):
     assert cut.read_bytes() == journal.read_bytes()
 
 
-@pytest.mark.parametrize("agent", ["td3", "sac"])
+@pytest.mark.parametrize("agent", ["td3", "ppo", "amc", "gp", "cma-es"])
 def test_other_agents_resume_identically_too(agent, tmp_path):
     journal = tmp_path / "trials.jsonl"
     whole = searched(agent=agent, journal=journal)

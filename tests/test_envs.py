@@ -10,11 +10,12 @@ from gymnasium.utils.env_checker import check_env
 from sample_networks import Concat, Mobile, Residual
 
 from edgecompress.cost import count
-from edgecompress.envs import Limit, PolicyEnv, SearchSpace, allowed_widths, bitwidth_space, channel_space
+from edgecompress.envs import ELEMENTS, Limit, PolicyEnv, SearchSpace, allowed_widths, bitwidth_space, channel_space
 from edgecompress.errors import GoalMissedError
 from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.models import build_model
 from edgecompress.spec import Budget, CompressionPolicy, LayerChoice, parse_budgets
+from edgecompress.starts import inner_only
 from edgecompress.trace import trace
 
 TARGET = target_by_name("x86")
@@ -255,3 +256,81 @@ def test_features_are_scaled_and_tell_steps_apart(space):
     assert space.features.shape[0] == len(space.steps)
     assert space.features.min() >= 0 and space.features.max() <= 1 and np.isfinite(space.features).all()
     assert len({tuple(row) for row in space.features.tolist()}) == len(space.steps)
+
+
+# ------------------------------------------------------------------------------- single weights, the wall, the state
+
+
+def test_second_action_sets_the_single_weights_of_the_layers_that_a_group_writes(networks):
+    network = networks["residual"]
+
+    def space_of(budget: str, **options) -> SearchSpace:
+        def nonzero_bytes(policy):
+            cost = count(network, policy)
+            return cost.model_copy(update={"size_bytes": 4 * cost.nonzeros})
+
+        original = nonzero_bytes(FLOAT)
+        limits = [Limit(b, b.absolute(original.metric(b.metric))) for b in parse_budgets(budget)]
+        return channel_space(network, TARGET, nonzero_bytes, limits, original, 4, elements=ELEMENTS, **options)
+
+    space = space_of("size=0.3x", bits=8)
+    assert space.steps[0] == (0, 1) and space.names[:2] == (network.prunable_groups[0].id, space.names[0] + ":elements")
+    choice = space.project(np.full(len(space.levels), 0.5))
+    policy = space.to_policy(choice)
+    assert space.fits(choice) and min(choice[1::2]) < 1000
+    for group, share in zip(network.prunable_groups, choice[1::2], strict=True):
+        assert all(policy.layers[name].keep_elements == share / 1000 for name in group.members)
+    assert {layer.weight_bits for layer in policy.layers.values()} == {8}
+    # A budget on multiply-adds gains nothing from zeros: there every weight stays, unless a reward is to decide.
+    assert set(space_of("flops=0.5x").project(np.zeros(len(space.levels)))[1::2]) == {1000}
+    free = space_of("flops=0.5x", only_if_asked=False).project(np.zeros(len(space.levels)))
+    assert set(free[1::2]) == {250}
+
+
+@pytest.mark.filterwarnings("ignore:.*Box observation space.*:UserWarning")
+def test_gymnasium_accepts_two_actions_per_group_and_the_wall(networks):
+    network = networks["residual"]
+    original = count(network, FLOAT, None, size_of)
+    limits = [Limit(b, b.absolute(original.metric(b.metric))) for b in parse_budgets("flops=0.5x")]
+    space = channel_space(
+        network, TARGET, lambda p: count(network, p, None, size_of), limits, original, 4, elements=ELEMENTS
+    )
+    check_env(PolicyEnv(space, lambda choice: float(sum(choice)), wall=True), skip_render_check=True)
+
+
+def test_wall_keeps_every_budget_and_starves_what_comes_late(space):
+    for seed in range(20):
+        assert space.fits(space.walled(random_wishes(space, seed)))
+    greedy = space.walled(np.ones(len(space.levels)))
+    order = [i for i in range(len(greedy)) if i in space.bound and not any(i in group for group in space.tied)]
+    shares = [space.wishes(greedy)[i] for i in order]
+    assert shares[0] == 1 and min(shares) < 1
+
+
+def test_state_tells_the_sensitivity_the_latency_and_how_tight_the_budget_is(networks):
+    network = networks["residual"]
+
+    def cost(policy):
+        counted = count(network, policy)
+        return counted.model_copy(update={"latency_us": 10 + counted.macs / 1e4})
+
+    original = cost(FLOAT)
+    most = network.prunable_groups[-1].id
+
+    def state(budget: str, **options) -> np.ndarray:
+        limits = [Limit(b, b.absolute(original.metric(b.metric))) for b in parse_budgets(budget)]
+        space = channel_space(network, TARGET, cost, limits, original, 4, **options)
+        return PolicyEnv(space, lambda choice: 0.0).observations(space.largest)
+
+    plain = state("flops=0.5x")
+    assert not np.allclose(plain, state("flops=0.4x"))
+    assert not np.allclose(plain, state("flops=0.5x", sensitivity=lambda group: float(group == most)))
+    assert plain.shape[0] == len(network.prunable_groups) + 1 and plain.min() >= 0 and plain.max() <= 1
+
+
+def test_inner_only_keeps_the_widths_that_layers_share(networks):
+    space = channels(networks["residual"], "flops=0.8x", 1)
+    choice = inner_only(space)
+    assert choice is not None and space.fits(choice)
+    assert all(choice[i] == levels[-1] for i, levels in enumerate(space.levels) if i not in space.inner)
+    assert inner_only(channels(networks["residual"], "flops=0.05x", 1)) is None

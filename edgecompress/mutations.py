@@ -1,0 +1,28 @@
+"""A small random change of one of the best policies: the whole of evolution, and a share of what every agent asks for."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgecompress.envs import Choice, SearchSpace
+from edgecompress.scoring import Scorer, top
+
+PARENTS = 5
+
+
+def mutated(space: SearchSpace, scorer: Scorer, random: np.random.Generator) -> Choice:
+    """One of the five best with about a third of its wishes moved by ``N(0, 0.15)``; a new policy if one turns up."""
+    parents = top(scorer.fitting(space), PARENTS) or list(scorer.trials.values())[:1]
+    choice = parents[0].choice
+    for _ in range(10):
+        choice = changed(space, parents[int(random.integers(len(parents)))].choice, random)
+        if choice not in scorer.trials:
+            break
+    return choice
+
+
+def changed(space: SearchSpace, parent: Choice, random: np.random.Generator) -> Choice:
+    """``parent`` with about a third of its wishes moved by ``N(0, 0.15)``, projected."""
+    wishes = space.wishes(parent)
+    moved = random.random(len(wishes)) < 0.3
+    return space.project(np.clip(wishes + moved * random.normal(0, 0.15, len(wishes)), 0, 1))

@@ -1,0 +1,165 @@
+"""The one budget of a search: policies are evaluated once, counted once, journalled, and remembered by the arm that asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from edgecompress.agents import AGENTS
+from edgecompress.envs import Choice, Evaluator, Outcome, SearchSpace
+from edgecompress.errors import UnknownNameError
+from edgecompress.files import append_line
+from edgecompress.reward import Reward
+from edgecompress.spec import CompressionPolicy, Cost, Stage, Trial
+
+OnTrial = Callable[[Trial, Trial | None], None]
+ALWAYS_WHOLE = frozenset({"original", "sensitivity", "uniform"})
+CONTENDERS = 5  # how many of the best are measured again: a policy that cannot become one of them may be abandoned
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """How long and with what to search.
+
+    episodes: distinct policies evaluated, sensitivities and seeds included. mutate: share of the agent's episodes that
+    mutate one of the best policies instead. imagined: episodes that an off-policy agent plays in the model of the
+    accuracy for each policy that is evaluated; 0 lets it learn from evaluated ones alone.
+    """
+
+    stage: Stage
+    agent: str = "ddpg"
+    episodes: int = 80
+    seed: int = 0
+    mutate: float = 0.3
+    imagined: int = 24
+
+    def __post_init__(self) -> None:
+        if self.agent not in AGENTS:
+            raise UnknownNameError("agent", self.agent, AGENTS)
+
+
+@runtime_checkable
+class AbandoningEvaluator(Protocol):
+    """An evaluator that can give up on a policy after a part of the images."""
+
+    def __call__(self, policy: CompressionPolicy) -> Outcome: ...
+
+    def unless_hopeless(self, policy: CompressionPolicy, could_win: Callable[[float], bool]) -> Outcome:
+        """Evaluate while ``could_win`` of the highest accuracy that is still likely; otherwise ``Outcome.abandoned``."""
+        ...
+
+
+class SpentError(Exception):
+    """All evaluations are used up; ends an arm wherever it stands."""
+
+
+class Scorer:
+    """Evaluates choices once, counts the distinct ones, and writes each new one into the journal.
+
+    ``tighter`` are spaces under other limits that the same trials serve.
+    """
+
+    def __init__(  # noqa: PLR0913 (what `search` was called with)
+        self,
+        space: SearchSpace,
+        evaluate: Evaluator,
+        reward: Reward,
+        original: Cost,
+        settings: SearchSettings,
+        journal: Path | None = None,
+        known: Sequence[Trial] = (),
+        on_trial: OnTrial | None = None,
+        tighter: Sequence[SearchSpace] = (),
+    ) -> None:
+        self._spaces = (space, *tighter)
+        self._space, self._evaluate, self._reward, self._original = space, evaluate, reward, original
+        self._settings, self._journal, self._on_trial = settings, journal, on_trial
+        self._known = {trial.choice: trial for trial in known if trial.stage == settings.stage}
+        self.trials: dict[Choice, Trial] = {}
+        self.idle = 0
+
+    @property
+    def left(self) -> int:
+        """Evaluations that are not used up."""
+        return self._settings.episodes - len(self.trials)
+
+    def __call__(self, choice: Choice, arm: str) -> Trial:
+        """The trial of ``choice``; evaluated at most once. ``idle`` counts calls since the last new policy.
+
+        Raises:
+            SpentError: the policy is new and no evaluation is left.
+        """
+        if choice in self.trials:
+            self.idle += 1
+            return self.trials[choice]
+        if self.left <= 0:
+            raise SpentError
+        self.idle = 0
+        trial = self._known.get(choice)
+        if trial is None:
+            trial = self._measure(choice, arm)
+            if self._journal is not None:
+                append_line(self._journal, trial)
+        self.trials[choice] = trial
+        if self._on_trial is not None:
+            self._on_trial(trial, best(self.fitting()))
+        return trial
+
+    def _measure(self, choice: Choice, arm: str) -> Trial:
+        policy = self._space.to_policy(choice)
+        # A network's dropout must not shift the agent's random stream: on resume the evaluation is skipped.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._settings.seed)
+            outcome = self._outcome(policy, self._space.cost(policy), arm)
+        cost = self._space.cost(policy)
+        return Trial(
+            stage=self._settings.stage,
+            episode=len(self.trials),
+            arm=arm,
+            choice=choice,
+            accuracy=outcome.accuracy,
+            loss=outcome.loss,
+            reward=self.reward(outcome.accuracy, cost),
+            cost=cost,
+            abandoned=outcome.abandoned,
+        )
+
+    def _outcome(self, policy: CompressionPolicy, cost: Cost, arm: str) -> Outcome:
+        """Evaluate, with leave to give up on what cannot become one of the best, except where the figure itself is wanted."""
+        if arm in ALWAYS_WHOLE or not isinstance(self._evaluate, AbandoningEvaluator):
+            return self._evaluate(policy)
+        within = [space for space in self._spaces if keeps(cost, space)]
+        leaders = [top(self.fitting(space), CONTENDERS) for space in within]
+        if not leaders or any(len(found) < CONTENDERS for found in leaders):
+            return self._evaluate(policy)
+        bar = min(found[-1].reward for found in leaders)
+        return self._evaluate.unless_hopeless(policy, lambda accuracy: self.reward(accuracy, cost) > bar)
+
+    def reward(self, accuracy: float, cost: Cost) -> float:
+        """What a policy of this accuracy and cost would earn."""
+        return self._reward(accuracy, cost, self._original)
+
+    def fitting(self, space: SearchSpace | None = None) -> list[Trial]:
+        """All trials that keep every budget of ``space``, by default the scorer's own."""
+        return [trial for trial in self.trials.values() if keeps(trial.cost, space or self._space)]
+
+
+def keeps(cost: Cost, space: SearchSpace) -> bool:
+    """Whether a cost is within every budget."""
+    return all(cost.metric(limit.budget.metric) <= limit.value for limit in space.limits)
+
+
+def best(trials: Sequence[Trial]) -> Trial | None:
+    """The highest reward, the earlier trial on a tie; never one that was abandoned."""
+    whole = (trial for trial in trials if not trial.abandoned)
+    return max(whole, key=lambda trial: (trial.reward, -trial.loss), default=None)
+
+
+def top(trials: Sequence[Trial], count: int) -> list[Trial]:
+    """The ``count`` best by reward; never one that was abandoned."""
+    whole = [trial for trial in trials if not trial.abandoned]
+    return sorted(whole, key=lambda trial: (-trial.reward, trial.loss, trial.choice))[:count]
