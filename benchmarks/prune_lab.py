@@ -1,0 +1,355 @@
+"""A CIFAR-10 checkpoint under pruning: its splits, cheap evaluations that every process shares, searches and fine-tuning."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import cifar10
+import numpy as np
+import torch
+from cells import Cell
+from harness import ROOT
+from torch import Tensor, nn
+
+from edgecompress.cost import CostModel, LatencyModel, count
+from edgecompress.data import Dataset
+from edgecompress.envs import Choice, Limit, Outcome, SearchSpace, channel_space
+from edgecompress.finetune import TrainSettings, train
+from edgecompress.prune import importance_by_name, prune, reestimate_batchnorm
+from edgecompress.reward import accuracy_only
+from edgecompress.scoring import Scorer, top
+from edgecompress.search import SearchSettings, search, search_budgets
+from edgecompress.spec import CompressionPolicy, Cost, Target, Trial, parse_budgets
+from edgecompress.trace import Traced, trace
+
+FOLDER = ROOT / "build" / "prune_cifar10"
+DIVISOR = 4
+PARTS = {"search": 500, "select": 2500, "again": 2000}  # of the 5,000 held-out images
+BN_IMAGES = 300
+EPISODES = 200
+LEADERS = 5  # a search's best, measured again on `search` and `again` together before one is its final
+
+
+def code_version() -> str:
+    """The commit that a cell was computed with."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "unknown"
+
+
+@dataclass(frozen=True)
+class Lab:
+    """One network and everything that its cells share. ``share`` below 1 takes fewer images, for a quick run."""
+
+    name: str = "resnet20"
+    share: float = 1.0
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The checkpoint."""
+        return cifar10.network(self.name)
+
+    @cached_property
+    def traced(self) -> Traced:
+        """Its layers and channel groups."""
+        return trace(self.model, (3, 32, 32), self.name)
+
+    @cached_property
+    def scores(self) -> dict[str, Tensor]:
+        """Importance of every channel, for all methods the same."""
+        return importance_by_name("l2")(self.model, self.traced)
+
+    @cached_property
+    def groups(self) -> tuple[str, ...]:
+        """Prunable groups, in the order of a choice."""
+        return tuple(group.id for group in self.traced.network.prunable_groups)
+
+    @cached_property
+    def rows(self) -> dict[str, np.ndarray]:
+        """Held-out images of each part: `search` has equally many of every class, the others what is left, shuffled."""
+        held = cifar10.held_out_rows()
+        labels = cifar10.images("train")[1][held]
+        each = round(PARTS["search"] * self.share) // 10
+        chosen = np.concatenate([held[labels == label][:each] for label in range(10)])
+        chosen = np.random.default_rng(1).permutation(chosen)
+        rest = held[~np.isin(held, chosen)]
+        ends = [round(PARTS[name] * self.share) for name in ("select", "again")]
+        return {"search": chosen, "select": rest[: ends[0]], "again": rest[ends[0] :][: ends[1]], "all": held}
+
+    @cached_property
+    def train_data(self) -> Dataset:
+        """Images that BatchNorm statistics are taken from; never held-out ones."""
+        return cifar10.dataset(10_000)
+
+    @cached_property
+    def key(self) -> str:
+        """What an evaluation depends on beside the policy, in twelve digits."""
+        digest = hashlib.sha256(json.dumps({part: rows.tolist() for part, rows in self.rows.items()}).encode())
+        # One pruned network stands for the checkpoint, the importance and the statistics that every policy gets.
+        narrow = self.pruned(tuple(max(len(self.scores[group]) // 2, 1) for group in self.groups))
+        for value in narrow.state_dict().values():
+            digest.update(value.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    def inputs(self, part: str) -> tuple[Tensor, Tensor]:
+        """Images of a part, or of ``test``."""
+        if part == "test":
+            pixels, labels = cifar10.images("test")
+            step = round(1 / self.share)  # they lie class by class
+            return cifar10.normalised(pixels[::step]), torch.from_numpy(labels[::step])
+        pixels, labels = cifar10.images("train")
+        return cifar10.normalised(pixels[self.rows[part]]), torch.from_numpy(labels[self.rows[part]])
+
+    def pruned(self, choice: Choice) -> nn.Module:
+        """The smaller network, BatchNorm statistics taken anew."""
+        model = prune(self.model, self.traced, dict(zip(self.groups, choice, strict=True)), self.scores)
+        model.to(memory_format=torch.channels_last)
+        reestimate_batchnorm(model, self.train_data, images=round(BN_IMAGES * max(self.share, 0.2)))
+        return model.eval()
+
+    def masked(self, choice: Choice) -> nn.Module:
+        """The full-size network in which the same channels are zero, as a loop without a tracer evaluates it."""
+        model = copy.deepcopy(self.model)
+        lost = {
+            group: set(range(len(self.scores[group]))) - set(torch.topk(self.scores[group], count).indices.tolist())
+            for group, count in zip(self.groups, choice, strict=True)
+        }
+        modules = dict(model.named_modules())
+        with torch.no_grad():
+            for cut in self.traced.cuts:
+                module = modules.get(cut.module)
+                if cut.side != "out" or module is None or cut.group not in lost:
+                    continue
+                gone = [int(i) for c, i in zip(cut.channel, cut.index, strict=True) if int(c) in lost[cut.group]]
+                for values in module.parameters(recurse=False):
+                    values[gone] = 0
+        model.to(memory_format=torch.channels_last)
+        reestimate_batchnorm(model, self.train_data, images=round(BN_IMAGES * max(self.share, 0.2)))
+        return model.eval()
+
+    def measure(self, model: nn.Module, part: str) -> Outcome:
+        """Top-1 accuracy and cross-entropy of ``model``."""
+        x, labels = self._inputs_once(part)
+        with torch.inference_mode():
+            outputs = torch.cat([model(batch) for batch in x.split(50)])
+            loss = nn.functional.cross_entropy(outputs, labels)
+        return Outcome(float((outputs.argmax(1) == labels).float().mean()), float(loss))
+
+    def _inputs_once(self, part: str) -> tuple[Tensor, Tensor]:
+        kept: dict[str, tuple[Tensor, Tensor]] = self.__dict__.setdefault("_kept", {})
+        if part not in kept:
+            x, labels = self.inputs(part)
+            kept[part] = x.contiguous(memory_format=torch.channels_last), labels
+        return kept[part]
+
+    @cached_property
+    def evaluations(self) -> Evaluations:
+        """The cache of all cells and processes."""
+        folder = FOLDER if self.share == 1 else None
+        return Evaluations(self, None if folder is None else folder / f"evaluations-{self.name}-{self.key}.jsonl")
+
+    def cost_model(self, latency: LatencyModel | None) -> CostModel:
+        """MACs, parameters, and latency in fp32 where there is a table."""
+        return lambda policy: count(self.traced.network, policy, latency)
+
+    def space(self, budget: str, latency: LatencyModel | None = None) -> tuple[SearchSpace, Cost]:
+        """What may be chosen under a budget such as ``flops=0.5x``, and the original's cost."""
+        cost = self.cost_model(latency)
+        original = cost(CompressionPolicy(model=self.name))
+        limits = [Limit(b, b.absolute(original.metric(b.metric))) for b in parse_budgets(budget)]
+        return channel_space(self.traced.network, _target(), cost, limits, original, DIVISOR), original
+
+
+def _target() -> Target:
+    from edgecompress.latency_tables.targets import target_by_name
+
+    return target_by_name("x86")
+
+
+def latency_from_table() -> LatencyModel | None:
+    """Predictions from this machine's table under build/, in fp32 and on one thread; None while it is not measured."""
+    from edgecompress.errors import EdgeCompressError
+    from edgecompress.latency_tables.predict import latency_model
+
+    folder = FOLDER / "table"
+    if not folder.is_dir():
+        return None
+    try:
+        return latency_model(_target(), tables=folder, require_measured=True)[0]
+    except EdgeCompressError as error:
+        print(f"     no latency budget: {error}", flush=True)
+        return None
+
+
+class Evaluations:
+    """Accuracy of pruned networks by part and choice, remembered in a file that all processes append to."""
+
+    def __init__(self, lab: Lab, path: Path | None) -> None:
+        self._lab, self._path, self._read = lab, path, 0
+        self._known: dict[tuple[str, Choice], Outcome] = {}
+        self.computed = 0
+
+    def __call__(self, choice: Choice, part: str = "search") -> Outcome:
+        """How well a choice does on a part of the held-out images, before any fine-tuning."""
+        key = part, tuple(int(width) for width in choice)
+        if key not in self._known:
+            self._catch_up()
+        if key not in self._known:
+            outcome = self._lab.measure(self._lab.pruned(key[1]), part)
+            self.computed += 1
+            self._known[key] = outcome
+            self._append({"part": part, "choice": key[1], "accuracy": outcome.accuracy, "loss": outcome.loss})
+        return self._known[key]
+
+    def _catch_up(self) -> None:
+        if self._path is None or not self._path.exists():
+            return
+        with self._path.open("rb") as stream:
+            stream.seek(self._read)
+            text = stream.read()
+        whole = text[: text.rfind(b"\n") + 1]  # another process may be writing the last line
+        self._read += len(whole)
+        for line in whole.splitlines():
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # cut short when a run was killed
+            self._known[row["part"], tuple(row["choice"])] = Outcome(row["accuracy"], row["loss"])
+
+    def _append(self, row: dict[str, Any]) -> None:
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        try:
+            os.write(descriptor, (json.dumps(row) + "\n").encode())
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _counted() -> Iterator[list[int]]:
+    """How often policies were asked for, repeats included."""
+    asked = [0]
+    original = Scorer.__call__
+
+    def call(self: Scorer, choice: Choice, arm: str) -> Trial:
+        asked[0] += 1
+        return original(self, choice, arm)
+
+    with patch.object(Scorer, "__call__", call):
+        yield asked
+
+
+def run_search(
+    lab: Lab,
+    method: str,
+    budgets: tuple[str, ...],
+    seed: int,
+    *,
+    episodes: int = EPISODES,
+    latency: LatencyModel | None = None,
+    part: str = "search",
+) -> Cell:
+    """One search with the reward of accuracy alone; several budgets are searched together.
+
+    The best five of each budget are measured again on the images of `search` and `again`; the best of them is the final,
+    and only that one meets `select`. A search on another part than `search` takes its own best.
+    """
+    built = [lab.space(budget, latency) for budget in budgets]
+    original = built[0][1]
+    spaces = [built[0][0], *(replace(built[0][0], limits=space.limits) for space, _ in built[1:])]
+    settings = SearchSettings(stage="prune", agent=method, episodes=episodes, seed=seed)
+    seen: list[Trial] = []
+    before = lab.evaluations.computed
+
+    def evaluate(policy: CompressionPolicy) -> Outcome:
+        return lab.evaluations(tuple(policy.keep_channels[group] for group in lab.groups), part)
+
+    def note(trial: Trial, leader: Trial | None) -> None:
+        seen.append(trial)
+
+    with _counted() as asked:
+        if len(spaces) == 1:
+            found = [search(spaces[0], evaluate, accuracy_only, original, settings, on_trial=note)]
+        else:
+            found = search_budgets(spaces, evaluate, accuracy_only, original, settings, on_trial=note)
+    common = {
+        "distinct": len(seen),
+        "asked": asked[0],
+        "computed": lab.evaluations.computed - before,
+        "evaluations": lab.key,
+        "code": code_version(),
+    }
+    finals = [_final(lab, trials, part) for trials in found]
+    if len(budgets) == 1:
+        return finals[0] | common
+    return {"finals": dict(zip(budgets, finals, strict=True))} | common
+
+
+def _final(lab: Lab, trials: list[Trial], part: str) -> Cell:
+    leaders = top(trials, LEADERS)
+    again = {t.choice: _on_both(lab, t) if part == "search" else 100 * t.accuracy for t in leaders}
+    chosen = max(leaders, key=lambda trial: (again[trial.choice], -trial.loss))
+    at = {
+        str(n): round(100 * max((t.accuracy for t in trials if t.episode < n), default=0.0), 2)
+        for n in (25, 50, 75, 100, 150, 200)
+    }
+    return {
+        "choice": list(chosen.choice),
+        "arm": chosen.arm,
+        "search": round(100 * chosen.accuracy, 2),
+        "again": round(again[chosen.choice], 3),
+        "select": round(100 * lab.evaluations(chosen.choice, "select").accuracy, 3),
+        "macs": chosen.cost.macs,
+        "latency_us": None if chosen.cost.latency_us is None else round(chosen.cost.latency_us, 2),
+        "best_after": at,
+        "leaders": [[list(t.choice), t.arm, round(100 * t.accuracy, 2), round(again[t.choice], 3)] for t in leaders],
+    }
+
+
+def _on_both(lab: Lab, trial: Trial) -> float:
+    """Accuracy in percent on `search` and `again` together."""
+    counts = {part: len(lab.rows[part]) for part in ("search", "again")}
+    right = sum(count * lab.evaluations(trial.choice, part).accuracy for part, count in counts.items())
+    return 100 * right / sum(counts.values())
+
+
+def fine_tuned(lab: Lab, choice: Choice | None, settings: TrainSettings, images: int) -> tuple[nn.Module, Path]:
+    """A pruned network (None: the unpruned one) after its fine-tuning with distillation; goes on where it broke off."""
+    from safetensors.torch import load_file, save_file
+
+    from edgecompress.files import written_whole
+
+    title = "original" if choice is None else "-".join(map(str, choice))
+    how = (
+        f"{settings.epochs}x{images}-{settings.learning_rate}-{settings.batch_size}-{settings.distill}-{settings.seed}"
+    )
+    path = FOLDER / "networks" / f"{lab.name}-{lab.key}" / f"{title}-{how}.safetensors"
+    model = copy.deepcopy(lab.model) if choice is None else lab.pruned(choice)
+    if path.exists():
+        model.load_state_dict(load_file(path))
+        return model.eval(), path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.safetensors")
+    model.to(memory_format=torch.channels_last)
+    teacher = copy.deepcopy(lab.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    train(model, cifar10.dataset(images), settings, teacher=teacher, checkpoint=partial)
+    with written_whole(path) as temporary:
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
+    partial.unlink(missing_ok=True)
+    return model.eval(), path

@@ -1,0 +1,241 @@
+"""Rows and tables of benchmarks/prune_cifar10.py, from finished cells alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cells import Cell
+from harness import Benchmark
+
+BUDGETS = ("flops=0.5x", "flops=0.35x", "latency@fp32=0.6x")
+METHODS = ("uniform", "surrogate", "netadapt", "ddpg", "evolution", "gp", "cma-es", "random", "amc")
+FIXED = ("uniform", "surrogate", "netadapt")  # no chance in them: one seed is all
+SEEDS = (0, 1, 2, 3, 4)
+CONDITIONED = "conditioned"
+AGENT = "ddpg"
+BASELINES = ("amc", "uniform")
+OTHERS = tuple(method for method in METHODS if method != AGENT and method not in BASELINES)
+NOT_YET = "its cells are not finished"
+Figures = dict[int, float]  # by seed
+
+
+def finals(known: Mapping[str, Cell], budget: str, method: str) -> dict[int, Cell]:
+    """Finished searches by seed; a method without chance counts for every seed."""
+    found = {seed: known.get(f"search/{budget}/{method}/{0 if method in FIXED else seed}") for seed in SEEDS}
+    return {seed: cell for seed, cell in found.items() if cell is not None}
+
+
+def before(known: Mapping[str, Cell], budget: str, method: str) -> Figures:
+    """Accuracy in percent on select-val before fine-tuning."""
+    return {seed: cell["select"] for seed, cell in finals(known, budget, method).items()}
+
+
+def after(known: Mapping[str, Cell], budget: str, method: str) -> Figures:
+    """Accuracy in percent on test after fine-tuning, of those whose fine-tuning is finished."""
+    return {
+        seed: tested
+        for seed, cell in finals(known, budget, method).items()
+        if (tested := test_of(known, cell["choice"])) is not None
+    }
+
+
+def test_of(known: Mapping[str, Cell], choice: Sequence[int]) -> float | None:
+    """Test accuracy in percent after fine-tuning."""
+    cell = known.get(f"finetune/{'-'.join(map(str, choice))}")
+    return None if cell is None else cell["test"]
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval (Student's t, paired)."""
+    from scipy.stats import t
+
+    half = t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / len(differences) ** 0.5
+    return statistics.mean(differences), float(half)
+
+
+def paired(mine: Figures, theirs: Figures) -> list[float]:
+    """Differences of the seeds that both have."""
+    return [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+
+
+def best_other(figures: Mapping[str, Figures]) -> str | None:
+    """The other arm of the highest mean over its cells."""
+    means = {method: statistics.mean(found.values()) for method, found in figures.items() if found}
+    return max(means, key=lambda method: means[method], default=None)
+
+
+def rows(bench: Benchmark, known: Mapping[str, Cell]) -> None:
+    """Every figure that is asked for; those without all of their cells do not hold and say why."""
+    for budget in BUDGETS:
+        for what, figures_of in (("before fine-tuning", before), ("on test after fine-tuning", after)):
+            figures = {method: figures_of(known, budget, method) for method in METHODS}
+            _against_best(bench, budget, what, figures)
+            for method in BASELINES:
+                if what.startswith("before"):
+                    _gain(bench, budget, what, figures[AGENT], method, figures[method], 10.0)
+                elif method == "uniform":
+                    _gain(bench, budget, what, figures[AGENT], method, figures[method], 2.0)
+    _conditioned(bench, known)
+    _aware(bench, known)
+    _cost(bench, known)
+    _resnet56(bench, known)
+    _dropout(bench, known)
+    bench.details["Methods"] = _table(known)
+    bench.details["What ran"] = _ran(known)
+
+
+def _judged(bench: Benchmark, bar: str, value: float, limit: float, reason: str, *, finished: bool) -> None:
+    if finished:
+        bench.at_least(bar, value, limit, "points")
+    else:
+        bench.misses(bar, value, limit, "points", f"so far: {reason}")
+
+
+def _against_best(bench: Benchmark, budget: str, what: str, figures: Mapping[str, Figures]) -> None:
+    title = f"{budget}, {what}: DDPG arm less the best other arm"
+    other = best_other({method: figures[method] for method in OTHERS})
+    differences = paired(figures[AGENT], figures[other]) if other else []
+    if len(differences) < 2 or other is None:
+        for bar, limit in ((f"{title}, mean", 0.0), (f"{title}, lower end of the 95 % interval", -0.3)):
+            bench.not_run(bar, limit, "points", NOT_YET)
+        return
+    mean, half = interval(differences)
+    short = {m: len(figures[m]) for m in (AGENT, *OTHERS) if len(figures[m]) < len(SEEDS)}
+    reason = f"{len(differences)} paired seeds; seeds finished where not all are: {short}"
+    finished = not short
+    _judged(bench, f"{title} ({other}), mean", mean, 0.0, reason, finished=finished)
+    _judged(bench, f"{title} ({other}), lower end of the 95 % interval", mean - half, -0.3, reason, finished=finished)
+
+
+def _gain(bench: Benchmark, budget: str, what: str, mine: Figures, other: str, theirs: Figures, limit: float) -> None:
+    name = "AMC as published" if other == "amc" else other
+    bar = f"{budget}, {what}: DDPG arm less {name}, mean"
+    differences = paired(mine, theirs)
+    if not differences:
+        bench.not_run(bar, limit, "points", NOT_YET)
+        return
+    finished = len(differences) == len(SEEDS)
+    reason = f"{len(differences)} of {len(SEEDS)} seeds"
+    _judged(bench, bar, statistics.mean(differences), limit, reason, finished=finished)
+
+
+def _conditioned(bench: Benchmark, known: Mapping[str, Cell]) -> None:
+    bar = "One agent for three budgets with 200 evaluations less three searches with 600, mean on select-val"
+    differences = [
+        cell["finals"][budget]["select"] - apart[seed]
+        for seed in SEEDS
+        if (cell := known.get(f"{CONDITIONED}/{seed}")) is not None
+        for budget in BUDGETS
+        if seed in (apart := before(known, budget, AGENT)) and budget in cell["finals"]
+    ]
+    if not differences:
+        bench.not_run(bar, 0.0, "points", NOT_YET)
+        return
+    wanted = len(SEEDS) * len(BUDGETS)
+    reason = f"{len(differences)} of {wanted} pairs"
+    _judged(bench, bar, statistics.mean(differences), 0.0, reason, finished=len(differences) == wanted)
+
+
+def _aware(bench: Benchmark, known: Mapping[str, Cell]) -> None:
+    bar = "Latency-aware less FLOPs-only at the same predicted latency, mean on select-val"
+    found = [cell for seed in SEEDS[:3] if (cell := known.get(f"aware/{seed}")) is not None]
+    if not found:
+        bench.not_run(
+            bar, 0.0, "points", f"{NOT_YET}: they need this machine's latency table and the DDPG arm's searches"
+        )
+        return
+    differences = [cell["select"] - cell["flops_only"]["select"] for cell in found]
+    _judged(bench, bar, statistics.mean(differences), 0.0, f"{len(found)} of 3 seeds", finished=len(found) == 3)
+    bench.details["Latency-aware and FLOPs-only: measured in ONNX Runtime, us"] = [
+        cell["measured_us"] for cell in found
+    ]
+
+
+def _cost(bench: Benchmark, known: Mapping[str, Cell]) -> None:
+    bar = "Seconds of an episode: full-size masked network on 5,000 images over ours"
+    quality = "Same final quality: test accuracy after fine-tuning, the loop of 5,000 images less ours, absolute mean"
+    timed = known.get("cost")
+    search = known.get(f"search/{BUDGETS[0]}/{AGENT}/0")
+    if timed is None:
+        bench.not_run(bar, 5.0, "x", "the timed cell is not finished (--timed)")
+    else:
+        repeats = search["asked"] / search["distinct"] if search else 1.0
+        factors = {
+            "fewer images": timed["masked_5000_s"] / timed["masked_500_s"],
+            "smaller network": timed["masked_500_s"] / timed["pruned_500_s"],
+            "cache (policies asked for again within a search)": repeats,
+            "early stop (not used here, so that all methods share evaluations)": 1.0,
+        }
+        whole = 1.0
+        for factor in factors.values():
+            whole *= factor
+        bench.at_least(bar, whole, 5.0, "x")
+        bench.details["Seconds of an episode, and each factor"] = {k: v for k, v in timed.items()} | {
+            name: round(factor, 3) for name, factor in factors.items()
+        }
+    loops = {s: test_of(known, c["choice"]) for s in SEEDS[:3] if (c := known.get(f"reference_loop/{s}")) is not None}
+    mine = after(known, BUDGETS[0], AGENT)
+    differences = [value - mine[seed] for seed, value in loops.items() if value is not None and seed in mine]
+    if len(differences) < 3:
+        bench.not_run(quality, 0.2, "points", f"{NOT_YET}: {len(differences)} of 3 seeds")
+    else:
+        bench.at_most(quality, abs(statistics.mean(differences)), 0.2, "points")
+
+
+def _resnet56(bench: Benchmark, known: Mapping[str, Cell]) -> None:
+    bar = "ResNet-56 at 0.5x FLOPs: drop on test against the unpruned network with the same fine-tuning"
+    if "resnet56/pruned" in known and "resnet56/original" in known:
+        drop = known["resnet56/original"]["test"] - known["resnet56/pruned"]["test"]
+        bench.at_most(bar, drop, 0.3, "points")
+    else:
+        bench.not_run(bar, 0.3, "points", NOT_YET)
+
+
+def _dropout(bench: Benchmark, known: Mapping[str, Cell]) -> None:
+    bar = "ResNet-20, a quarter of the weights: information dropout less magnitude, mean on test"
+    found = {which: [known.get(f"dropout/{which}/{seed}") for seed in SEEDS[:3]] for which in ("with", "without")}
+    pairs = [(a, b) for a, b in zip(found["with"], found["without"], strict=True) if a is not None and b is not None]
+    if not pairs:
+        bench.not_run(bar, 0.0, "points", NOT_YET)
+        return
+    value = statistics.mean(a["test"] - b["test"] for a, b in pairs)
+    _judged(bench, bar, value, 0.0, f"{len(pairs)} of 3 seeds", finished=len(pairs) == 3)
+
+
+def _spread(values: Sequence[float]) -> str | None:
+    if not values:
+        return None
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+def _table(known: Mapping[str, Cell]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds; a method without chance has one cell."""
+    table = []
+    for budget in BUDGETS:
+        for method in METHODS:
+            cells = finals(known, budget, method)
+            cells = {0: cells[0]} if method in FIXED and cells else cells
+            if not cells:
+                continue
+            tested = [test for cell in cells.values() if (test := test_of(known, cell["choice"])) is not None]
+            arms = sorted(cell["arm"] for cell in cells.values())
+            table.append({
+                "budget": budget,
+                "method": method,
+                "seeds": len(cells),
+                "distinct evaluations": _spread([cell["distinct"] for cell in cells.values()]),
+                "search-val %": _spread([cell["search"] for cell in cells.values()]),
+                "select-val % before fine-tuning": _spread([cell["select"] for cell in cells.values()]),
+                "test % after fine-tuning": _spread(tested),
+                "fine-tuned": len(tested),
+                "arms that found it": ", ".join(f"{arm} x{arms.count(arm)}" for arm in sorted(set(arms))),
+            })  # fmt: skip
+    return table
+
+
+def _ran(known: Mapping[str, Cell]) -> dict[str, int]:
+    kinds = [name.split("/")[0] for name in known]
+    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
