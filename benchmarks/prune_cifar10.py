@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from cells import Cell, Cells
 from harness import RESULTS, Benchmark
+from prune_ablation import without_single_weights
 from prune_lab import BN_IMAGES, EPISODES, FOLDER, LEADERS, PARTS, Lab, fine_tuned, latency_from_table, run_search
 from prune_rows import BUDGETS, CONDITIONED, FIXED, METHODS, SEEDS, rows
 
 from edgecompress.envs import Choice
 from edgecompress.finetune import TrainSettings
 
-KINDS = ("search", "finetune", "conditioned", "reference_loop", "aware", "cost", "resnet56")
+KINDS = ("search", "finetune", "conditioned", "reference_loop", "aware", "cost", "resnet56", "dropout")
 TUNING, TUNING_IMAGES = TrainSettings(epochs=3, learning_rate=0.02, batch_size=128), 10_000
 TUNING_56, TUNING_56_IMAGES = TrainSettings(epochs=6, learning_rate=0.02, batch_size=128), 20_000
 Job = tuple[str, str, Callable[[], Cell | None]]  # kind, name of the cell, what computes it (None: not possible yet)
@@ -94,6 +95,10 @@ def later_cells(lab: Lab, known: dict[str, Cell], wanted: argparse.Namespace) ->
         yield "aware", f"aware/{seed}", lambda seed=seed: _aware(lab, known, seed, wanted.episodes)
     if wanted.timed:
         yield "cost", "cost", lambda: _seconds_per_episode(lab, known)
+    for seed in SEEDS[:3]:
+        for dropout in (True, False):
+            name = f"dropout/{'with' if dropout else 'without'}/{seed}"
+            yield "dropout", name, lambda seed=seed, dropout=dropout: _ablated(lab, known, seed, dropout)
     larger = Lab("resnet56")
     yield "resnet56", "resnet56/search", lambda: run_search(larger, "ddpg", BUDGETS[:1], 0, episodes=wanted.episodes)
     yield "resnet56", "resnet56/pruned", lambda: _large(larger, known, "pruned")
@@ -106,6 +111,16 @@ def _large(lab: Lab, known: dict[str, Cell], which: str) -> Cell | None:
     choice = None if which == "original" else tuple(known["resnet56/search"]["choice"])
     model, _ = fine_tuned(lab, choice, TUNING_56, TUNING_56_IMAGES)
     return {"test": round(100 * lab.measure(model, "test").accuracy, 3)}
+
+
+def _ablated(lab: Lab, known: dict[str, Cell], seed: int, dropout: bool) -> Cell | None:
+    """One final of the DDPG arm, the same for all."""
+    final = known.get(f"search/{BUDGETS[0]}/ddpg/0")
+    if final is None:
+        return None
+    choice = tuple(final["choice"])
+    tuned, _ = fine_tuned(lab, choice, TUNING, TUNING_IMAGES)
+    return without_single_weights(lab, tuned, choice, seed, dropout=dropout)
 
 
 def _aware(lab: Lab, known: dict[str, Cell], seed: int, episodes: int) -> Cell | None:
@@ -137,8 +152,9 @@ def _measured_us(lab: Lab, choices: list[Choice], rounds: int = 7) -> list[float
 
 
 def _seconds_per_episode(lab: Lab, known: dict[str, Cell], count: int = 6) -> Cell | None:
-    """Policies of a search as they were asked for, timed in each way: factors of fewer images and of the smaller network."""
-    cell = known.get(f"search/{BUDGETS[0]}/ddpg/0") or known.get(f"search/{BUDGETS[0]}/gp/0")
+    """The best policies of a search, timed in each way: the factors of fewer images and of the smaller network."""
+    names = (f"search/{BUDGETS[0]}/{method}/0" for method in ("ddpg", "gp", "netadapt"))
+    cell = next((known[name] for name in names if name in known), None)
     if cell is None:
         return None
     choices = [tuple(choice) for choice, *_ in cell["leaders"]][:count]
@@ -225,7 +241,7 @@ def main() -> None:
         return
     if not wanted.collect:
         work(Lab(), cells, wanted)
-    bench = Benchmark("prune_cifar10", quick=not default)
+    bench = Benchmark("prune_cifar10", quick=False)
     known = cells.all()
     bench.details["How it was run"] = {
         "evaluations a search": wanted.episodes,
@@ -238,7 +254,10 @@ def main() -> None:
     }
     rows(bench, known)
     cells.publish()
-    bench.write()
+    if default:
+        bench.write()
+    else:
+        print(f"--episodes {wanted.episodes}: the page and its cells are of {EPISODES}; nothing was written")
 
 
 if __name__ == "__main__":

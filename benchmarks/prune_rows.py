@@ -10,7 +10,7 @@ from cells import Cell
 from harness import Benchmark
 
 BUDGETS = ("flops=0.5x", "flops=0.35x", "latency@fp32=0.6x")
-METHODS = ("uniform", "surrogate", "netadapt", "evolution", "gp", "cma-es", "random", "amc", "ddpg")
+METHODS = ("uniform", "surrogate", "netadapt", "ddpg", "evolution", "gp", "cma-es", "random", "amc")
 FIXED = ("uniform", "surrogate", "netadapt")  # no chance in them: one seed is all
 SEEDS = (0, 1, 2, 3, 4)
 CONDITIONED = "conditioned"
@@ -81,10 +81,7 @@ def rows(bench: Benchmark, known: Mapping[str, Cell]) -> None:
     _aware(bench, known)
     _cost(bench, known)
     _resnet56(bench, known)
-    bench.not_run(
-        "ResNet-20 at equal size: with less without information dropout, on test",
-        0.0, "points", "the ablation has no cells yet",
-    )  # fmt: skip
+    _dropout(bench, known)
     bench.details["Methods"] = _table(known)
     bench.details["What ran"] = _ran(known)
 
@@ -194,6 +191,17 @@ def _resnet56(bench: Benchmark, known: Mapping[str, Cell]) -> None:
         bench.at_most(bar, drop, 0.3, "points")
     else:
         bench.not_run(bar, 0.3, "points", NOT_YET)
+
+
+def _dropout(bench: Benchmark, known: Mapping[str, Cell]) -> None:
+    bar = "ResNet-20, a quarter of the weights: information dropout less magnitude, mean on test"
+    found = {which: [known.get(f"dropout/{which}/{seed}") for seed in SEEDS[:3]] for which in ("with", "without")}
+    pairs = [(a, b) for a, b in zip(found["with"], found["without"], strict=True) if a is not None and b is not None]
+    if not pairs:
+        bench.not_run(bar, 0.0, "points", NOT_YET)
+        return
+    value = statistics.mean(a["test"] - b["test"] for a, b in pairs)
+    _judged(bench, bar, value, 0.0, f"{len(pairs)} of 3 seeds", finished=len(pairs) == 3)
 
 
 def _spread(values: Sequence[float]) -> str | None:

@@ -28,7 +28,7 @@ def command(run: Path, budget: str | None, stage: str, as_json: bool) -> None:
     Examples:
       edgecompress pick runs/first
       edgecompress pick runs/first latency=0.4x
-      edgecompress compress --config runs/first/run.toml --pick runs/first --budget latency=0.4x --name faster
+      edgecompress compress --pick runs/first --budget latency=0.4x --name faster
     """
     import json
 

@@ -26,7 +26,7 @@ GENERATION = 8  # episodes played side by side
 NOISE = (0.02, 0.3)  # standard deviation of an episode's exploration, in wishes, drawn log-uniformly
 BATCH = 2  # policies evaluated between two rounds of imagination
 MEMORY = 400  # episodes that the replay holds
-_IDLE = 30
+_IDLE = 10  # elections in a row of nothing new: six rounds of a few dozen policies each
 
 
 class Imagination:

@@ -96,7 +96,7 @@ def three_spaces():
 
 def test_one_agent_serves_three_budgets_with_one_set_of_evaluations(tmp_path):
     journal, landscape = tmp_path / "trials.jsonl", Landscape()
-    settings = SearchSettings(stage="prune", episodes=41)
+    settings = SearchSettings(stage="prune", episodes=41, imagined=8)
     found = search_budgets(three_spaces(), landscape, reward, ORIGINAL, settings, journal=journal)
     assert landscape.calls == 41
     assert [max(t.cost.macs for t in trials) <= limit for trials, limit in zip(found, (500, 400, 300), strict=True)]
@@ -218,7 +218,13 @@ def test_a_users_function_is_a_reward():
 
 def test_a_hundred_episodes_leave_no_memory_behind():
     def once(episodes: int) -> int:
-        search(simple_space(400), Landscape(), reward, ORIGINAL, SearchSettings(stage="prune", episodes=episodes))
+        search(
+            simple_space(400),
+            Landscape(),
+            reward,
+            ORIGINAL,
+            SearchSettings(stage="prune", episodes=episodes, imagined=8),
+        )
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     before = once(24)

@@ -1,0 +1,80 @@
+"""Information dropout with and without, at equal size: which single weights go from a pruned network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+
+import cifar10
+import torch
+from cells import Cell
+from prune_lab import Lab
+from torch import Tensor, nn
+
+from edgecompress.envs import Choice
+from edgecompress.finetune import TrainSettings, train
+from edgecompress.variational import (
+    WeightNoise,
+    kl_penalty,
+    measured_noise,
+    prune_elements,
+    refresh_batchnorm,
+    with_noise,
+    without_noise,
+)
+
+KEEP = 0.25  # of the weights of every layer, either way
+LEARNING, RECOVERING, IMAGES = 3, 3, 10_000
+
+
+def without_single_weights(lab: Lab, tuned: nn.Module, choice: Choice, seed: int, *, dropout: bool) -> Cell:
+    """Test accuracy in percent of a fine-tuned network that keeps a quarter of its weights.
+
+    With dropout, log-alpha after a training under noise ranks the weights; without, their size after as long a training
+    without noise. Then both recover alike.
+    """
+    data = cifar10.dataset(IMAGES)
+    teacher = copy.deepcopy(lab.model)
+    settings = TrainSettings(epochs=LEARNING, learning_rate=0.01, batch_size=128, seed=seed)
+    if dropout:
+        noisy, layers = with_noise(tuned)
+        train(
+            noisy, data, replace(settings, weight_decay=0.0), teacher=teacher,
+            penalty=lambda progress: kl_penalty(
+                layers, len(data.train), weight_scale=0.05, unit_scale=1e-4, progress=progress
+            ),
+            noise=[parameter for layer in layers.values() for parameter in layer.noise_parameters],
+        )  # fmt: skip
+        plain = without_noise(noisy)
+        refresh_batchnorm(plain, data, seed=seed)
+        noise = measured_noise(layers)
+    else:
+        plain = train(copy.deepcopy(tuned), data, settings, teacher=teacher)
+        noise = WeightNoise({name: -weight.abs() for name, weight in _weights(plain).items()})
+    sparse = prune_elements(plain.eval(), noise, dict.fromkeys(noise.log_alpha, KEEP))
+    before = lab.measure(sparse, "select").accuracy
+    _hold_zeros(sparse)
+    train(sparse, data, replace(settings, epochs=RECOVERING), teacher=teacher)
+    kept = sum(int((weight != 0).sum()) for weight in _weights(sparse).values())
+    return {
+        "choice": list(choice),
+        "select_before": round(100 * before, 3),
+        "test": round(100 * lab.measure(sparse, "test").accuracy, 3),
+        "kept_weights": kept,
+    }
+
+
+def _weights(model: nn.Module) -> Mapping[str, Tensor]:
+    return {
+        name: module.weight.detach()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+
+
+def _hold_zeros(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            mask = (module.weight.detach() != 0).to(torch.float32)
+            module.weight.register_hook(lambda gradient, mask=mask: gradient * mask)
