@@ -26,8 +26,8 @@ measure_latency_us.__kwdefaults__.update(seconds=0.02, warmup_s=0.0)
 """
 KILL = """
 import os, signal
-import edgecompress.search
-append, count = edgecompress.search.append_line, 0
+import edgecompress.scoring
+append, count = edgecompress.scoring.append_line, 0
 def append_and_die(path, record):
     global count
     append(path, record)
@@ -36,7 +36,7 @@ def append_and_die(path, record):
         with open(path, "a") as file:
             file.write('{{"stage": "pru')
         os.kill(os.getpid(), signal.SIGKILL)
-edgecompress.search.append_line = append_and_die
+edgecompress.scoring.append_line = append_and_die
 """
 
 
