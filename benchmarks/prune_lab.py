@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from edgecompress.cost import CostModel, LatencyModel, count
 from edgecompress.data import Dataset
 from edgecompress.envs import Choice, Limit, Outcome, SearchSpace, channel_space
+from edgecompress.episodes import Batch, augmented
 from edgecompress.finetune import TrainSettings, train
 from edgecompress.importance import l2_importance
-from edgecompress.prune import prune, reestimate_batchnorm
+from edgecompress.prune import prune, reestimate_on
 from edgecompress.reward import accuracy_only
 from edgecompress.scoring import Scorer, top
 from edgecompress.search import SearchSettings, search, search_budgets
@@ -38,6 +39,7 @@ FOLDER = ROOT / "build" / "prune_cifar10"
 DIVISOR = 4
 PARTS = {"search": 500, "select": 2500, "again": 2000}  # of the 5,000 held-out images
 BN_IMAGES = 300
+BATCH = 100
 EPISODES = 200
 LEADERS = 5  # a search's best, measured again on `search` and `again` together before one is its final
 
@@ -95,6 +97,11 @@ class Lab:
         return cifar10.dataset(10_000)
 
     @cached_property
+    def statistics(self) -> list[Batch]:
+        """What BatchNorm statistics are taken from: augmented images, drawn once, the same for every policy."""
+        return list(augmented(self.train_data, round(BN_IMAGES * max(self.share, 0.2)), BATCH, seed=0))
+
+    @cached_property
     def key(self) -> str:
         """What an evaluation depends on beside the policy, in twelve digits."""
         digest = hashlib.sha256(json.dumps({part: rows.tolist() for part, rows in self.rows.items()}).encode())
@@ -117,7 +124,7 @@ class Lab:
         """The smaller network, BatchNorm statistics taken anew."""
         model = prune(self.model, self.traced, dict(zip(self.groups, choice, strict=True)), self.scores)
         model.to(memory_format=torch.channels_last)
-        reestimate_batchnorm(model, self.train_data, images=round(BN_IMAGES * max(self.share, 0.2)))
+        reestimate_on(model, self.statistics)
         return model.eval()
 
     def masked(self, choice: Choice) -> nn.Module:
@@ -137,14 +144,14 @@ class Lab:
                 for values in module.parameters(recurse=False):
                     values[gone] = 0
         model.to(memory_format=torch.channels_last)
-        reestimate_batchnorm(model, self.train_data, images=round(BN_IMAGES * max(self.share, 0.2)))
+        reestimate_on(model, self.statistics)
         return model.eval()
 
     def measure(self, model: nn.Module, part: str) -> Outcome:
         """Top-1 accuracy and cross-entropy of ``model``."""
         x, labels = self._inputs_once(part)
         with torch.inference_mode():
-            outputs = torch.cat([model(batch) for batch in x.split(50)])
+            outputs = torch.cat([model(batch) for batch in x.split(BATCH)])
             loss = nn.functional.cross_entropy(outputs, labels)
         return Outcome(float((outputs.argmax(1) == labels).float().mean()), float(loss))
 
