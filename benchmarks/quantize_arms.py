@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,15 @@ import torch.nn.functional as F
 from cifar10 import graph_of, held_out_rows, images, network, normalised, seen_rows
 from torch import Tensor
 
-from edgecompress.baselines import integer_program
+from edgecompress.baselines import Tables, programs
+from edgecompress.bit_stage import expected_accuracy
 from edgecompress.cost import Kernel, count
 from edgecompress.envs import Choice, Limit, Outcome, SearchSpace, bitwidth_space
 from edgecompress.exporters.onnx_writing import Names
 from edgecompress.exporters.packing import store
+from edgecompress.interpret import run
 from edgecompress.latency_tables.targets import target_by_name
-from edgecompress.quantize import QuantizedGraph, Simulator, calibrate
+from edgecompress.quantize import QuantizedGraph, Simulator, calibrate, channels_last
 from edgecompress.reward import accuracy_only
 from edgecompress.search import SearchSettings, search
 from edgecompress.sensitivity import Sensitivities, sensitivities
@@ -27,22 +30,24 @@ from edgecompress.trace import trace
 
 ARMS = ("ddpg", "greedy", "milp")
 SEEDS = 5
+LEADERS = 10
 BATCH = 64
 CALIBRATION = 500
-SENSITIVITY_IMAGES = 100
-# Images that a search asks, among which its five best are chosen, and which none of them sees: rows of the held-out 5,000.
-ASKED, CHOSEN, UNSEEN = slice(0, 2000), slice(2000, 3000), slice(3000, 5000)
+SENSITIVITY_IMAGES = 32
+# Of the held-out 5,000: the images that a search asks are drawn from the first, its best are compared on the second.
+ASKED, CHOSEN = slice(0, 2000), slice(2000, 5000)
 
 
 @dataclass(frozen=True)
 class Effort:
-    """What one search may spend."""
+    """What one search may spend: evaluations of so many images, and images on which its best are compared."""
 
     evaluations: int
     images: int
+    compared: int
 
 
-EFFORT = {"resnet20": Effort(66, 400), "resnet56": Effort(66, 200)}
+EFFORT = {"resnet20": Effort(120, 500, 1500), "resnet56": Effort(120, 400, 1000)}
 
 
 def held_out(rows: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -105,11 +110,24 @@ def space_of(name: str, simulator: Simulator) -> SearchSpace:
     )  # fmt: skip
 
 
-def outcome(simulator: Simulator, choices: Mapping[str, LayerChoice], x: Tensor, labels: Tensor) -> Outcome:
-    """Accuracy and loss by float fake quantisation."""
+def outcome(
+    simulator: Simulator, choices: Mapping[str, LayerChoice], x: Tensor, labels: Tensor, wanted: Tensor | None = None
+) -> Outcome:
+    """Accuracy and loss by float fake quantisation; ``wanted``, the float network's answers, give the estimate."""
     forward = simulator.forward(choices)
     scores = torch.cat([forward(part) for part in x.split(BATCH)])
-    return Outcome(float((scores.argmax(1) == labels).float().mean()), float(F.cross_entropy(scores, labels)))
+    accuracy = float((scores.argmax(1) == labels).float().mean())
+    loss = float(F.cross_entropy(scores, labels))
+    if wanted is None:
+        return Outcome(accuracy, loss)
+    as_float = float((wanted.argmax(1) == labels).float().mean())
+    return Outcome(accuracy, loss, estimate=expected_accuracy(as_float, [wanted], [scores]))
+
+
+def float_answers(simulator: Simulator, x: Tensor) -> Tensor:
+    """What the network says before it is quantised."""
+    with torch.no_grad():
+        return torch.cat([run(simulator.graph, channels_last(part), simulator.floats) for part in x.split(BATCH)])
 
 
 class Judge:
@@ -120,31 +138,29 @@ class Judge:
         self.space = space_of(name, self.simulator)
         rows = held_out_rows()[ASKED]
         chosen = np.random.default_rng(seed).permutation(rows)[: EFFORT[name].images]
-        self.asked, self.chosen, self.unseen = (
-            held_out(rows) for rows in (chosen, held_out_rows()[CHOSEN], held_out_rows()[UNSEEN])
-        )
+        self.asked, self.chosen = held_out(chosen), held_out(held_out_rows()[CHOSEN][: EFFORT[name].compared])
+        self.wanted = float_answers(self.simulator, self.asked[0])
         self.known: dict[tuple[int, ...], Outcome] = {}
         self.name, self.seed = name, seed
 
     def __call__(self, policy: CompressionPolicy) -> Outcome:
         key = tuple(choice.weight_bits for choice in policy.layers.values())
         if key not in self.known:
-            self.known[key] = outcome(self.simulator, policy.layers, *self.asked)
+            self.known[key] = outcome(self.simulator, policy.layers, *self.asked, self.wanted)
         return self.known[key]
 
     def arm(self, name: str) -> dict[str, Any]:
-        """One arm's policy: its five of least loss on the asked images, of these the one of least loss on others.
+        """One arm's policy: its ten nearest to the float network on the asked images, of these the one of least loss on others.
 
-        Accuracy on a few hundred images is too coarse to choose by: one point is four of them.
+        Accuracy on a few hundred images is too coarse to choose by: one point is five of them.
         """
         trials = {"ddpg": self._search, "greedy": self._greedy, "milp": self._program}[name]()
-        leaders = sorted(trials, key=lambda trial: trial.loss)[:5]
+        leaders = sorted(trials, key=lambda trial: -trial.believed)[:LEADERS]
         again = {t.choice: outcome(self.simulator, self._layers(t.choice), *self.chosen) for t in leaders}
         best = min(leaders, key=lambda trial: again[trial.choice].loss)
-        found = outcome(self.simulator, self._layers(best.choice), *self.unseen)
         return {
-            "accuracy": 100 * found.accuracy,
-            "loss": found.loss,
+            "accuracy": 100 * again[best.choice].accuracy,
+            "loss": again[best.choice].loss,
             "evaluations": len(trials),
             "found_by": best.arm,
             "bytes": self.space.price(best.choice).size_bytes,
@@ -154,13 +170,24 @@ class Judge:
     def _layers(self, choice: Choice) -> Mapping[str, LayerChoice]:
         return self.space.to_policy(choice).layers
 
-    def _searched(self, agent: str, episodes: int) -> list[Trial]:
+    @cached_property
+    def tables(self) -> Tables:
+        """KL divergence of every layer at every bit-width; an arm that looks at them pays `price_of_tables`."""
+        return kl_tables(self.simulator, self.space)
+
+    @property
+    def price_of_tables(self) -> int:
+        """Their images, in evaluations."""
+        looks = sum(len(table) for action, table in self.tables.items() if action % 2 == 0)
+        return round(looks * SENSITIVITY_IMAGES / EFFORT[self.name].images)
+
+    def _searched(self, agent: str, episodes: int, tables: Callable[[], Tables] | None = None) -> list[Trial]:
         settings = SearchSettings(stage="quantize", agent=agent, episodes=episodes, seed=self.seed)
         original = self.space.price(self.space.largest)
-        return search(self.space, self, accuracy_only, original, settings)
+        return search(self.space, self, accuracy_only, original, settings, tables=tables)
 
     def _search(self) -> list[Trial]:
-        return self._searched("ddpg", EFFORT[self.name].evaluations)
+        return self._searched("ddpg", EFFORT[self.name].evaluations - self.price_of_tables, lambda: self.tables)
 
     def _greedy(self) -> list[Trial]:
         # A third of what it is told goes into sensitivities: that third is here the whole of what the others get.
@@ -168,33 +195,18 @@ class Judge:
 
     def _program(self) -> list[Trial]:
         """The program over KL divergences, then over the same ones blurred: as many solutions as it has evaluations left."""
-        tables = kl_tables(self.simulator, self.space)
-        effort = EFFORT[self.name]
-        passes = sum(len(table) for action, table in tables.items() if action % 2 == 0) * SENSITIVITY_IMAGES
-        left = max(effort.evaluations - round(passes / effort.images), 5)
+        left = EFFORT[self.name].evaluations - self.price_of_tables
         trials: dict[Choice, Trial] = {}
-        for number, choice in enumerate(_solutions(self.space, tables, self.seed)):
+        for number, choice in enumerate(programs(self.space, self.tables, self.seed)):
             if choice not in trials:
                 found = self(self.space.to_policy(choice))
                 trials[choice] = Trial(
                     stage="quantize", episode=len(trials), arm="milp", choice=choice, accuracy=found.accuracy,
-                    loss=found.loss, reward=found.accuracy, cost=self.space.price(choice),
+                    loss=found.loss, reward=found.believed, cost=self.space.price(choice), estimate=found.estimate,
                 )  # fmt: skip
             if len(trials) >= left or number > 4 * left:
                 break
         return list(trials.values())
-
-
-def _solutions(space: SearchSpace, tables: Mapping[int, Mapping[int, float]], seed: int) -> Iterator[Choice]:
-    random = np.random.default_rng(seed)
-    blur = 0.0
-    while True:
-        factors = {action: float(np.exp(blur * random.normal())) for action in tables}
-        blurred = {a: {bits: loss * factors[a] for bits, loss in table.items()} for a, table in tables.items()}
-        choice = integer_program(space, blurred)
-        if choice is not None:
-            yield choice
-        blur = 0.5
 
 
 def kl_tables(simulator: Simulator, space: SearchSpace) -> dict[int, dict[int, float]]:

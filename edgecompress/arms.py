@@ -91,7 +91,7 @@ def netadapt(space: SearchSpace, scorer: Scorer, settings: SearchSettings) -> No
                 candidates.append(lowered)
         if candidates:
             trials = [scorer(candidate, "netadapt") for candidate in candidates]
-            choice = max(trials, key=lambda trial: (trial.accuracy, -trial.loss)).choice
+            choice = max(trials, key=lambda trial: (trial.believed, -trial.loss)).choice
         elif step < 1e-4:
             return
         else:

@@ -13,6 +13,8 @@ Tables = Mapping[int, Mapping[int, float]]  # action -> level -> what it costs i
 STATIC = ("surrogate", "uniform", "greedy", "milp")
 UNIFORM = (1.0, 2 / 3, 1 / 3)  # of 2..8 bits: 8, 6 and 4
 _ROUNDS = 12
+_BLUR = 0.5  # standard deviation of a factor's logarithm
+_MOST_PROGRAMS = 10_000
 
 
 def uniform(space: SearchSpace) -> Iterator[tuple[str, Choice]]:
@@ -64,6 +66,21 @@ def integer_program(space: SearchSpace, tables: Tables) -> Choice | None:
         over = np.array([price.metric(limit.budget.metric) - limit.value for limit in space.limits])
         targets = targets - np.maximum(over, 0) * 1.01
     return None
+
+
+def programs(space: SearchSpace, tables: Tables, seed: int) -> Iterator[Choice]:
+    """Solutions of `integer_program`: over ``tables`` themselves, then over ones in which every action's losses are
+    multiplied by a factor drawn log-normally. They lie around the first, further apart where it matters little."""
+    random = np.random.default_rng(seed)
+    blur = 0.0
+    for _ in range(_MOST_PROGRAMS):
+        factors = {action: float(np.exp(blur * random.normal())) for action in tables}
+        blurred = {a: {level: loss * factors[a] for level, loss in table.items()} for a, table in tables.items()}
+        choice = integer_program(space, blurred)
+        if choice is None:
+            return
+        yield choice
+        blur = _BLUR
 
 
 def _levels(space: SearchSpace, action: int) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -20,15 +20,18 @@ from edgecompress.exporters.sizes import FileSize
 from edgecompress.exporters.verify import agreement
 from edgecompress.finetune import accuracy_and_loss, train
 from edgecompress.graph import Graph
+from edgecompress.interpret import run
 from edgecompress.learned_steps import LearnedSteps
 from edgecompress.posttraining import bias_corrected
-from edgecompress.quantize import Calibration, QuantizedGraph, Simulator, simulate
+from edgecompress.quantize import Calibration, QuantizedGraph, Simulator, channels_last, simulate
 from edgecompress.rounding import learned_rounding
-from edgecompress.sensitivity import Sensitivities, sensitivities
+from edgecompress.sensitivity import Sensitivities, divergence, sensitivities
 from edgecompress.spec import CompressionPolicy, Target
 from edgecompress.stages import Job, checkpoint_of, remeasured, searched, train_settings
 
 SENSITIVITY_IMAGES = 200
+LOST_PER_NAT = 0.3
+KEPT_BYTES = 256_000_000  # of the float network's outputs
 EMULATED_IMAGES = 200
 
 
@@ -99,9 +102,12 @@ def quantize_stage(
     def forward(policy: CompressionPolicy) -> Callable[[Tensor], Tensor]:
         return simulator.forward(policy.layers)
 
+    wanted = _float_answers(job, simulator)
+
     def evaluate(policy: CompressionPolicy) -> Outcome:
-        trained = _briefly_trained(job, simulator, policy) if job.config.reward_steps else forward(policy)
-        return Outcome(*accuracy_and_loss(trained, job.data, job.data.search_val))
+        return _outcome(
+            job, _briefly_trained(job, simulator, policy) if job.config.reward_steps else forward(policy), wanted
+        )
 
     trials = searched(job, space, evaluate, "quantize", job.config.quantize_reward, lambda: _kl_tables(found, space))
     finalists = remeasured(trials, job, lambda trial: forward(space.to_policy(trial.choice)))
@@ -117,6 +123,55 @@ def quantize_stage(
     if job.config.qat_epochs:
         quantized = _learned_steps(job, quantized)
     return quantized, policy, chosen.arm
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What the float network says of search-val, in the batches that `accuracy_and_loss` takes."""
+
+    accuracy: float
+    outputs: list[Tensor]
+
+
+def _float_answers(job: Job, simulator: Simulator) -> _Answers | None:
+    """None where policies are judged by their accuracy alone: no scores of classes, or too much to keep."""
+    if not job.data.task.class_scores:
+        return None
+    constants, outputs = simulator.floats, list[Tensor]()
+
+    def forward(x: Tensor) -> Tensor:
+        return run(simulator.graph, channels_last(x), constants)
+
+    first = next(iter(job.data.batches(job.data.search_val, 1)))[0]
+    if 4 * forward(first).numel() * len(job.data.search_val) > KEPT_BYTES:
+        return None
+    accuracy, _ = accuracy_and_loss(forward, job.data, job.data.search_val, on_outputs=outputs.append)
+    return _Answers(accuracy, outputs)
+
+
+def _outcome(job: Job, forward: Callable[[Tensor], Tensor], wanted: _Answers | None) -> Outcome:
+    """Accuracy and loss on search-val, and the accuracy that the policy's divergence from the float network lets expect.
+
+    A few hundred labels cannot tell two good policies apart. Their outputs can: over 45 policies of ResNet-20 the divergence
+    on 250 images ordered the better half by their accuracy on 3,250 others with a rank correlation of 0.77, the accuracy on
+    the same 250 with 0.3.
+    """
+    outputs: list[Tensor] = []
+    accuracy, loss = accuracy_and_loss(
+        forward, job.data, job.data.search_val, on_outputs=None if wanted is None else outputs.append
+    )
+    if wanted is None:
+        return Outcome(accuracy, loss)
+    return Outcome(accuracy, loss, estimate=expected_accuracy(wanted.accuracy, wanted.outputs, outputs))
+
+
+def expected_accuracy(accuracy: float, wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """``accuracy - 0.3 * KL(float || quantised)``, the float network's accuracy less what the divergence in nats lets expect.
+
+    The factor is the slope of the accuracy lost on the divergence over policies of ResNet-20 on CIFAR-10 between 0.03 and
+    0.23 nats (0.29); it only matters against the cost terms of a reward.
+    """
+    return accuracy - LOST_PER_NAT * divergence(wanted, found)
 
 
 def _calibration(job: Job) -> Iterator[Tensor]:

@@ -30,11 +30,19 @@ class Outcome:
     """How well a policy does on the search split: top-1 in [0, 1] and cross-entropy in nats.
 
     ``abandoned``: the evaluator gave up after a part of the images, because the policy could not become one of the best.
+    ``estimate``: what the evaluator believes of the accuracy on other images, where it knows better than these few say;
+    rewards are then of the estimate.
     """
 
     accuracy: float
     loss: float
     abandoned: bool = False
+    estimate: float | None = None
+
+    @property
+    def believed(self) -> float:
+        """The estimate where there is one, else the accuracy."""
+        return self.accuracy if self.estimate is None else self.estimate
 
 
 class Evaluator(Protocol):

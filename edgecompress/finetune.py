@@ -227,11 +227,15 @@ def _restore(
 
 
 def accuracy_and_loss(
-    forward: Callable[[Tensor], Tensor], data: Dataset, split: Split, batch_size: int = 256
+    forward: Callable[[Tensor], Tensor],
+    data: Dataset,
+    split: Split,
+    batch_size: int = 256,
+    on_outputs: Callable[[Tensor], None] | None = None,
 ) -> tuple[float, float]:
     """The task's score, turned so that more is better, and its mean loss of ``forward`` on ``split``.
 
-    Of classification: top-1 accuracy in [0, 1] and cross-entropy in nats.
+    Of classification: top-1 accuracy in [0, 1] and cross-entropy in nats. ``on_outputs`` is shown those of every batch.
     """
     measured = []
     loss = 0.0
@@ -240,6 +244,8 @@ def accuracy_and_loss(
         for x, y in data.batches(split, batch_size):
             outputs = forward(x if device is None else x.to(device)).cpu()
             measured.append(data.task.measure(outputs, y))
+            if on_outputs is not None:
+                on_outputs(outputs)
             loss += float(data.task.loss(outputs, y, "sum"))
     return data.task.merit(measured), loss / len(split)
 

@@ -63,7 +63,7 @@ class Imagination:
         """The policies to evaluate next under the limits of ``spaces[which]``, and the arm that wrote each."""
         space, scorer = self.spaces[which], self.scorer
         trials = scorer.fitting(space)
-        self._model.fit([t.choice for t in scorer.trials.values()], [t.accuracy for t in scorer.trials.values()])
+        self._model.fit([t.choice for t in scorer.trials.values()], [t.believed for t in scorer.trials.values()])
         for trial in trials[-BATCH:] if self._written > MEMORY else trials[-MEMORY // 2 :]:
             self._hold(which, trial.choice)
         self._label()
@@ -92,7 +92,7 @@ class Imagination:
         """The `BATCH` of highest expected improvement; after each, the model believes its own mean of it (Ginsbourger et al.
         2010), so that the next one is not its neighbour."""
         asked = list(self.scorer.trials.values())
-        choices, scores = [t.choice for t in asked], [t.accuracy for t in asked]
+        choices, scores = [t.choice for t in asked], [t.believed for t in asked]
         fresh = [choice for choice in written if choice not in self.scorer.trials] or list(written)
         elected: list[tuple[Choice, str]] = []
         while fresh and len(elected) < min(BATCH, max(self.scorer.left, 1)):

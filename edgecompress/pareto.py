@@ -83,7 +83,7 @@ def picked(space: SearchSpace, trials: Sequence[Trial], stage: Stage, reward: Re
     priced = []
     for trial in usable:
         cost = space.price(trial.choice)
-        priced.append(trial.model_copy(update={"cost": cost, "reward": reward(trial.accuracy, cost, original)}))
+        priced.append(trial.model_copy(update={"cost": cost, "reward": reward(trial.believed, cost, original)}))
     fitting = [trial for trial in priced if keeps(trial.cost, space)]
     if not fitting:
         wanted = ", ".join(str(limit.budget) for limit in space.limits)

@@ -123,9 +123,10 @@ class Scorer:
             choice=choice,
             accuracy=outcome.accuracy,
             loss=outcome.loss,
-            reward=self.reward(outcome.accuracy, cost),
+            reward=self.reward(outcome.believed, cost),
             cost=cost,
             abandoned=outcome.abandoned,
+            estimate=outcome.estimate,
         )
 
     def _outcome(self, policy: CompressionPolicy, cost: Cost, arm: str) -> Outcome:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +17,16 @@ import torch
 
 from edgecompress.agents import OFF_POLICY
 from edgecompress.arms import ARMS, FROM_SCRATCH
-from edgecompress.baselines import STATIC, Tables, integer_program, uniform
+from edgecompress.baselines import STATIC, Tables, integer_program, programs, uniform
 from edgecompress.envs import Choice, Evaluator, Outcome, SearchSpace
 from edgecompress.errors import UsageError
 from edgecompress.imagination import imagining
 from edgecompress.reward import Reward
 from edgecompress.scoring import OnTrial, Scorer, SearchSettings, SpentError, best, top
 from edgecompress.spec import Cost, Trial
-from edgecompress.starts import Deltas, inner_only, sensitivities_of, solutions
+from edgecompress.starts import Deltas, deltas_of, inner_only, sensitivities_of, solutions
+
+PROGRAMS = 10  # one in so many evaluations goes to a solution of integer programming before the agent begins
 
 
 def search(  # noqa: PLR0913 (one call runs a whole stage)
@@ -45,7 +48,8 @@ def search(  # noqa: PLR0913 (one call runs a whole stage)
         original: the uncompressed network's cost; rewards are relative to it.
         journal: a JSON-lines file that every new trial is appended to.
         known: trials of an earlier run of the same search; they are not evaluated again.
-        tables: sensitivities for integer programming, asked for once; by default they are measured with evaluations.
+        tables: sensitivities that are known without an evaluation, asked for once: integer programming, the surrogate and
+            the start of every agent use them. By default, and always for ``greedy``, they are measured with evaluations.
 
     Returns:
         all trials that keep the budgets, in the order they were first asked for.
@@ -128,17 +132,27 @@ def _run(
         _program(space, scorer, settings, tables)
         return
     if settings.agent not in FROM_SCRATCH:
-        start(space, scorer, reward, original, settings)
+        start(space, scorer, reward, original, settings, tables)
     if settings.agent not in STATIC:
         ARMS[settings.agent](space, scorer, settings)
 
 
-def start(space: SearchSpace, scorer: Scorer, reward: Reward, original: Cost, settings: SearchSettings) -> None:
+def start(
+    space: SearchSpace, scorer: Scorer, reward: Reward, original: Cost, settings: SearchSettings,
+    tables: Callable[[], Tables] | None = None,
+) -> None:  # fmt: skip
     """Inner-only widths, the sensitivities, and the policies that follow from them."""
     inner = inner_only(space)
     if inner is not None and settings.agent not in STATIC:
         scorer(inner, "inner-only")
-    deltas = sensitivities_of(space, scorer, settings)
+    if tables is None or settings.agent == "greedy":
+        deltas = sensitivities_of(space, scorer, settings)
+    else:
+        costs = tables()
+        deltas = deltas_of(space, costs, scorer)
+        if settings.agent not in STATIC:
+            for choice in islice(programs(space, costs, settings.seed), max(settings.episodes // PROGRAMS, 1)):
+                scorer(choice, "milp")
     for arm, choice in _solutions(space, deltas, reward, original):
         if settings.agent != "greedy" or arm.startswith("greedy"):
             scorer(choice, arm)

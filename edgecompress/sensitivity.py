@@ -70,7 +70,7 @@ def _measured(simulator: Simulator, batches: list[Tensor], what: Sequence[What])
         for layer in layers if "weight" in what else ():
             for bits in BITS:
                 rounded = constants | {layer.inputs[1]: channels_last(dequantize(simulator.weight(layer, bits)))}
-                weight[layer.name][bits] = _divergence(answers, [run(graph, x, rounded) for x in batches])
+                weight[layer.name][bits] = divergence(answers, [run(graph, x, rounded) for x in batches])
         for owner in dict.fromkeys(points.layer_input.values()) if "activation" in what else ():
             inputs[owner] = {}
             for bits in BITS:
@@ -78,7 +78,7 @@ def _measured(simulator: Simulator, batches: list[Tensor], what: Sequence[What])
                 on_value = lambda name, value, owner=owner, how=how: (  # noqa: E731
                     fake_quantize(value, how) if points.owner.get(name) == owner else value
                 )
-                inputs[owner][bits] = _divergence(answers, [run(graph, x, constants, on_value) for x in batches])
+                inputs[owner][bits] = divergence(answers, [run(graph, x, constants, on_value) for x in batches])
     activation = {
         layer.name: inputs[points.layer_input[layer.name]]
         for layer in layers
@@ -87,7 +87,7 @@ def _measured(simulator: Simulator, batches: list[Tensor], what: Sequence[What])
     return Sensitivities(images=sum(len(x) for x in batches), weight=weight, activation=activation)
 
 
-def _divergence(wanted: list[Tensor], found: list[Tensor]) -> float:
+def divergence(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     """Mean KL divergence in nats of the classes (axis 1) of all images, and of all pixels where there are masks."""
     total, count = 0.0, 0
     for p, q in zip(wanted, found, strict=True):

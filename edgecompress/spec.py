@@ -292,7 +292,8 @@ def weakest(sources: Iterable[Source]) -> Source:
 class Trial(Frozen):
     """One evaluated policy: a line of ``trials.jsonl``. ``choice`` are the integers that were built, in env order.
 
-    An ``abandoned`` trial was measured on a part of the images only, and is never chosen.
+    An ``abandoned`` trial was measured on a part of the images only, and is never chosen. ``estimate`` is what the evaluator
+    believed of the accuracy on other images; where it is given, the reward is of it.
     """
 
     stage: Stage
@@ -304,6 +305,12 @@ class Trial(Frozen):
     reward: float
     cost: Cost
     abandoned: bool = False
+    estimate: float | None = None
+
+    @property
+    def believed(self) -> float:
+        """The estimate where there is one, else the accuracy."""
+        return self.accuracy if self.estimate is None else self.estimate
 
 
 class Preprocessing(Frozen):

@@ -181,7 +181,7 @@ def remeasured(trials: Sequence[Trial], job: Job, build: Callable[[Trial], Calla
     """The five best by reward, ordered by accuracy on the larger split: a search climbs its own noise."""
     leaders = top(trials, 5)
     measured = {trial.choice: accuracy_and_loss(build(trial), job.data, job.both_val) for trial in leaders}
-    gains = {trial.choice: trial.reward - trial.accuracy + measured[trial.choice][0] for trial in leaders}
+    gains = {trial.choice: trial.reward - trial.believed + measured[trial.choice][0] for trial in leaders}
     return sorted(leaders, key=lambda trial: (-gains[trial.choice], measured[trial.choice][1]))
 
 

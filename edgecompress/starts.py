@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from edgecompress.baselines import Tables
 from edgecompress.envs import Choice, SearchSpace
-from edgecompress.scoring import Scorer, SearchSettings
+from edgecompress.scoring import Scorer, SearchSettings, best
+from edgecompress.spec import Trial
 
 
 def inner_only(space: SearchSpace) -> Choice | None:
@@ -50,13 +52,38 @@ def sensitivities_of(space: SearchSpace, scorer: Scorer, settings: SearchSetting
         asked = _spread(len(levels), per_action)
         trials = [scorer(space.with_value(space.largest, action, levels[i]), "sensitivity") for i in asked]
         at = [levels[i] for i in asked] + [levels[-1]]
-        rise = np.maximum.accumulate(([t.loss - full.loss for t in trials] + [0.0])[::-1])[::-1]
-        drop = np.maximum.accumulate(([full.accuracy - t.accuracy for t in trials] + [0.0])[::-1])[::-1]
+        rise = np.maximum.accumulate(([_loss(t) - _loss(full) for t in trials] + [0.0])[::-1])[::-1]
+        drop = np.maximum.accumulate(([full.believed - t.believed for t in trials] + [0.0])[::-1])[::-1]
         deltas[action] = (levels, _extended(levels, at, rise), _extended(levels, at, drop))
     for action in sorted(set(actions) - set(measured)):
         nearest = min(measured, key=lambda other: (_kind(space, other) != _kind(space, action), abs(other - action)))
         deltas[action] = _like(space.levels[action], deltas[nearest])
     return {action: deltas[action] for action in actions}
+
+
+def _loss(trial: Trial) -> float:
+    return trial.loss if trial.estimate is None else -trial.estimate
+
+
+def deltas_of(space: SearchSpace, tables: Tables, scorer: Scorer) -> Deltas:
+    """Sensitivities that are known without an evaluation, as `sensitivities_of` gives them.
+
+    What a unit of them costs in accuracy is taken from the best policy that keeps the budgets by now: its loss of accuracy
+    against the largest policy, over the sum of its sensitivities.
+    """
+    full = scorer(space.largest, "original")
+    actions = _separate_actions(space)
+    deltas: Deltas = {}
+    fitting = best(scorer.fitting())
+    choice = space.smallest if fitting is None else fitting.choice
+    total = sum(tables[action][choice[action]] for action in actions if action in tables)
+    unit = 0.0 if fitting is None or total <= 0 else max(full.believed - fitting.believed, 0.0) / total
+    for action in actions:
+        levels = space.levels[action]
+        rise = np.array([tables.get(action, {}).get(level, 0.0) for level in levels])
+        rise = np.maximum.accumulate(rise[::-1])[::-1]
+        deltas[action] = (levels, rise, unit * rise)
+    return deltas
 
 
 def _thinned(space: SearchSpace, actions: list[int], count: int) -> list[int]:
