@@ -420,12 +420,14 @@ def _policies(bench: Benchmark, name: str) -> None:
         mean, low = interval([found["ddpg"] - found[rival] for found in tested])
         bench.at_least(f"{figure}: mean difference", mean, 0.0, "points")
         bench.at_least(f"{figure}: lower end of the 95 % interval", low, -0.3, "points")
+    rows = _searched_rows(name)
+    rows += [
+        {"arm": f"uniform {bits}", "test accuracy, %": found["accuracy"], "bytes": found["bytes"]}
+        for bits, found in uniforms.items()
+    ]
+    columns = list(rows[0]) if rows else []
     bench.details[f"{name}: policies at the bytes of uniform 4-bit weights, files on test"] = [
-        *_searched_rows(name),
-        *(
-            {"arm": f"uniform {bits}", "test accuracy, %": found["accuracy"], "bytes": found["bytes"]}
-            for bits, found in uniforms.items()
-        ),
+        dict.fromkeys(columns) | row for row in rows
     ]
 
 

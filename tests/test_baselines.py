@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import islice, product
 
 import numpy as np
 import pytest
 import torch
 from sample_networks import integer_case
 
-from edgecompress.baselines import integer_program, uniform
+from edgecompress.baselines import integer_program, programs, uniform
+from edgecompress.bit_stage import expected_accuracy
 from edgecompress.envs import Limit, Outcome, SearchSpace
 from edgecompress.errors import BadFileError
 from edgecompress.search import SearchSettings, search
@@ -106,6 +107,42 @@ def test_baselines_are_arms_of_the_one_loop() -> None:
     arms, calls = run_search("milp", tables=lambda: asked.append(1) or tables(0))
     assert "milp" in arms and len(asked) == 1 and calls == 3  # uniform, original, the program's
     assert "sensitivity" in run_search("milp")[0]  # without tables it measures its own
+
+
+def test_tables_replace_the_sensitivities_that_a_search_would_measure() -> None:
+    arms, calls = run_search("ddpg", tables=lambda: tables(0))
+    assert "sensitivity" not in arms and {"milp", "surrogate"} & arms and calls <= 40
+    assert "sensitivity" in run_search("ddpg")[0]
+    assert "sensitivity" in run_search("greedy", tables=lambda: tables(0))[0]  # greedy is the arm that measures
+
+
+def test_programs_start_at_the_best_and_spread_around_it() -> None:
+    space, costs = bit_space(size=450, bops=2400), tables(1)
+    found = list(islice(programs(space, costs, seed=0), 20))
+    assert found[0] == integer_program(space, costs) and len(set(found)) > 1
+    assert all(space.fits(choice) for choice in found)
+    assert found == list(islice(programs(space, costs, seed=0), 20))
+
+
+def test_rewards_and_starts_are_of_the_estimate_where_there_is_one() -> None:
+    def evaluate(policy: CompressionPolicy) -> Outcome:
+        loss = sum(1 / choice.weight_bits for choice in policy.layers.values())
+        return Outcome(accuracy=1 - np.exp(-loss), loss=-loss, estimate=float(np.exp(-loss)))  # labels say the opposite
+
+    settings = SearchSettings(stage="quantize", agent="ddpg", episodes=40)
+    space = bit_space(size=450)
+    trials = search(space, evaluate, lambda accuracy, cost, original: accuracy, ORIGINAL, settings)
+    assert all(trial.reward == trial.estimate == trial.believed != trial.accuracy for trial in trials)
+    allowed = [choice for choice in product(BITS, (8,), BITS, (8,), BITS, (8,)) if space.fits(choice)]
+    least = min(sum(1 / bits for bits in choice[::2]) for choice in allowed)
+    assert max(trial.reward for trial in trials) == pytest.approx(np.exp(-least))
+
+
+def test_estimate_falls_with_the_divergence_from_the_float_network() -> None:
+    wanted = [torch.randn(40, 5, generator=torch.Generator().manual_seed(0)) * 3]
+    noise = torch.randn(40, 5, generator=torch.Generator().manual_seed(1))
+    found = [expected_accuracy(0.9, wanted, [wanted[0] + share * noise]) for share in (0.0, 0.3, 1.0)]
+    assert found[0] == pytest.approx(0.9) and 0.9 > found[1] > found[2]
 
 
 def test_sensitivities_fall_with_bits_and_are_read_back(tmp_path) -> None:
