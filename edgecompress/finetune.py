@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ from torch import Tensor, nn
 
 from edgecompress.checkpoints import load_tensors
 from edgecompress.data import Dataset, Split
-from edgecompress.errors import BadFileError, EdgeCompressError
+from edgecompress.errors import EdgeCompressError
 from edgecompress.files import cache_folder, written_whole
 from edgecompress.models import build_model
 from edgecompress.tasks import Task
 from edgecompress.trace import fingerprint
+from edgecompress.training_state import PRECISIONS, Average, TrainingState, precision_on
 
 OnEpoch = Callable[[int, int, float], None]
 
@@ -32,6 +32,8 @@ class TrainSettings:
     distill: weight of the teacher's outputs (`Task.distill`) against the labels.
     ema: the result is an exponential moving average of the weights and statistics after each step with this decay, lower
         during the first steps; 0: the last ones. Under a schedule that falls to zero the two are close.
+    precision: of the passes through the network: ``fp32``, ``bf16`` or ``fp16`` where autocast deems that safe (weights,
+        losses and the rounding of `LearnedSteps` stay float32), or ``auto``: see `training_state.precision_on`.
     """
 
     epochs: int
@@ -41,6 +43,7 @@ class TrainSettings:
     distill: float = 0.7
     seed: int = 0
     ema: float = 0.0
+    precision: str = "auto"
 
 
 def train(
@@ -56,8 +59,6 @@ def train(
 ) -> nn.Module:
     """Train ``model`` in place, on the device where its weights are, and return it in eval mode.
 
-    On CUDA the forward passes run in bfloat16 where that is safe (`torch.autocast`), on a CPU in float32.
-
     Args:
         teacher: the original network; its outputs are distilled.
         penalty: progress in [0, 1] -> a loss to add (the KL of the variational phase).
@@ -67,7 +68,9 @@ def train(
         on_epoch: told the epoch, their number and the mean loss.
 
     Raises:
-        EdgeCompressError: the loss or its gradients are no longer finite; the model keeps its last good state.
+        EdgeCompressError: the loss or its gradients are no longer finite; the model keeps its last good state. Gradients that
+            overflow in float16 alone are no error: their step is left out, and their scale halved.
+        UnknownNameError: no such precision.
     """
     own_way = {id(parameter) for parameter in noise}
     trained = [
@@ -78,9 +81,12 @@ def train(
     )
     steps = math.ceil(len(data.train) / settings.batch_size)
     adam = torch.optim.Adam(noise, lr=10 / (steps * settings.epochs)) if noise else None
-    average = _Average(model, settings.ema)
-    done = _restore(checkpoint, model, optimizer, settings, average)
+    average = Average(model, settings.ema)
     device = next(model.parameters()).device
+    precision = precision_on(device, settings.precision)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    state = TrainingState(model, optimizer, average, scaler, {**settings.__dict__, "precision": precision})
+    done = state.restore(checkpoint)
     if teacher is not None:
         teacher.eval()
     good = copy.deepcopy(model.state_dict())
@@ -96,8 +102,9 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * _schedule(progress, settings.epochs)
             x, y = x.to(device), y.to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss = _loss(data.task, model(x), y, x, teacher, settings.distill)
+            with torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32"):
+                outputs, wanted = model(x), _wanted(x, teacher, settings.distill)
+            loss = _loss(data.task, outputs.float(), y, wanted, settings.distill)
             if penalty is not None:
                 loss = loss + penalty(progress)
             if not torch.isfinite(loss):
@@ -105,45 +112,29 @@ def train(
             optimizer.zero_grad()
             if adam is not None:
                 adam.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            if not torch.isfinite(nn.utils.clip_grad_norm_(trained, 5.0)):  # a finite loss may have such gradients
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(trained, 5.0)
+            if not torch.isfinite(norm) and not _overflows(scaler, trained):  # a finite loss may have such gradients
                 _give_up(model, good, f"The gradients became infinite or NaN in epoch {epoch + 1}, step {step + 1}")
-            optimizer.step()
+            scaler.step(optimizer)
             if adam is not None:
-                adam.step()
+                scaler.step(adam)
+            scaler.update()
             average.add(model)
             total += loss.item()
         good = copy.deepcopy(model.state_dict())
-        _save(checkpoint, model, optimizer, settings, epoch + 1, average)
+        state.save(checkpoint, epoch + 1)
         if on_epoch is not None:
             on_epoch(epoch + 1, settings.epochs, total / steps)
     model.load_state_dict(average.state, strict=settings.ema > 0)
     return model.eval()
 
 
-class _Average:
-    """Exponential moving average of all floating-point state of a network (Polyak and Juditsky 1992); integers are copied.
-
-    After t steps the decay is ``min(decay, (1 + t) / (10 + t))``, so that a short training is not held to its start. A decay
-    of 0 holds nothing and costs nothing.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay, self.steps = decay, 0
-        held = model.state_dict() if decay else {}
-        self.state = {key: value.detach().clone() for key, value in held.items()}
-
-    def add(self, model: nn.Module) -> None:
-        if not self.state:
-            return
-        self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        with torch.no_grad():
-            for key, value in model.state_dict().items():
-                if value.is_floating_point():
-                    self.state[key].lerp_(value, 1 - decay)
-                else:
-                    self.state[key].copy_(value)
+def _overflows(scaler: torch.amp.GradScaler, trained: Sequence[nn.Parameter]) -> bool:
+    """Whether gradients are too large for float16 at this scale, so that ``scaler`` leaves the step out and halves it."""
+    found = (parameter.grad for parameter in trained if parameter.grad is not None)
+    return scaler.is_enabled() and scaler.get_scale() > 1 and not all(torch.isfinite(grad).all() for grad in found)
 
 
 def _give_up(model: nn.Module, good: dict[str, Tensor], what: str) -> NoReturn:
@@ -158,72 +149,19 @@ def _schedule(progress: float, epochs: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
-def _loss(task: Task, outputs: Tensor, y: Tensor, x: Tensor, teacher: nn.Module | None, weight: float) -> Tensor:
+def _wanted(x: Tensor, teacher: nn.Module | None, weight: float) -> Tensor | None:
     if teacher is None or weight == 0:
-        return task.loss(outputs, y, "mean")
+        return None
     with torch.no_grad():
-        wanted = teacher(x)
+        answers: Tensor = teacher(x)
+    return answers.float()
+
+
+def _loss(task: Task, outputs: Tensor, y: Tensor, wanted: Tensor | None, weight: float) -> Tensor:
+    if wanted is None:
+        return task.loss(outputs, y, "mean")
     soft = task.distill(outputs, wanted)
     return soft if weight == 1 else (1 - weight) * task.loss(outputs, y, "mean") + weight * soft
-
-
-def _save(
-    path: Path | None,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    settings: TrainSettings,
-    epoch: int,
-    average: _Average,
-) -> None:
-    if path is None:
-        return
-    from safetensors.torch import save_file
-
-    tensors = {f"model.{key}": value.contiguous() for key, value in model.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        if state.get("momentum_buffer") is not None:
-            tensors[f"momentum.{index}"] = state["momentum_buffer"].contiguous()
-    tensors |= {f"ema.{key}": value.contiguous() for key, value in average.state.items()}
-    metadata = {"epoch": str(epoch), "settings": json.dumps(settings.__dict__), "ema_steps": str(average.steps)}
-    with written_whole(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
-
-
-def _restore(
-    path: Path | None,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    settings: TrainSettings,
-    average: _Average,
-) -> int:
-    if path is None or not path.exists():
-        return 0
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        raise BadFileError(
-            f"The checkpoint {path} is broken ({error}). Delete it: its training then starts anew."
-        ) from error
-    if json.loads(metadata.get("settings", "null")) != settings.__dict__:
-        return 0
-    load_tensors(
-        model, {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
-    )
-    state = optimizer.state_dict()
-    state["state"] = {
-        int(key.removeprefix("momentum.")): {"momentum_buffer": value}
-        for key, value in tensors.items()
-        if key.startswith("momentum.")
-    }
-    optimizer.load_state_dict(state)
-    average.steps = int(metadata["ema_steps"])
-    for key, value in average.state.items():
-        value.copy_(tensors[f"ema.{key}"])
-    return int(metadata["epoch"])
 
 
 def accuracy_and_loss(

@@ -23,7 +23,8 @@ from edgecompress.quantize import (
 class LearnedSteps(nn.Module):
     """The quantised network as a trainable module: weights, biases and step sizes learn together (LSQ, Esser 2020).
 
-    Weights that are zero in the graph (element-wise pruned) stay zero. `finished` gives the trained `QuantizedGraph`.
+    Weights that are zero in the graph (element-wise pruned) stay zero. Under autocast everything is rounded in float32, and
+    convolutions read the result in fewer bits. `finished` gives the trained `QuantizedGraph`, on whatever device it trained.
     """
 
     def __init__(self, quantized: QuantizedGraph) -> None:
@@ -39,7 +40,10 @@ class LearnedSteps(nn.Module):
         for name, constant in float_constants(graph).items():
             # Not channels last: torch 2.14.1 aborted in the backward pass of narrow layers in that layout (AVX2).
             self.constants[self._names[name]] = nn.Parameter(constant.clone(), requires_grad=name in trained)
-        self._masks = {layer.name: torch.from_numpy(graph.constants[layer.inputs[1]] != 0) for layer in graph.layers}
+        self._masks = {layer.name: f"mask{number}" for number, layer in enumerate(graph.layers)}
+        for node in graph.layers:
+            alive = torch.from_numpy(graph.constants[node.inputs[1]] != 0)
+            self.register_buffer(self._masks[node.name], alive, persistent=False)
         self._step_names: dict[str, str] = {}
         self._ends = {value: clip_limit(graph, graph.producer(value)) for value in self._points.signed}
         for layer, weight in quantized.weights.items():
@@ -51,6 +55,9 @@ class LearnedSteps(nn.Module):
     def _add_step(self, key: str, value: Tensor) -> None:
         self._step_names[key] = f"s{len(self._step_names)}"
         self.steps[self._step_names[key]] = nn.Parameter(value.log())
+
+    def _mask(self, layer: str) -> Tensor:
+        return self.get_buffer(self._masks[layer])
 
     def _step(self, key: str) -> Tensor:
         # Learned in the logarithm, so that a step stays positive and moves in proportion to itself.
@@ -70,7 +77,7 @@ class LearnedSteps(nn.Module):
             if layer.name not in self._start.weights:
                 continue
             high = 2 ** (self._start.weights[layer.name].bits - 1) - 1
-            weight = constants[layer.inputs[1]] * self._masks[layer.name]
+            weight = constants[layer.inputs[1]] * self._mask(layer.name)
             step = self._step(f"w:{layer.name}").view(-1, *(1,) * (weight.dim() - 1))
             constants[layer.inputs[1]] = _round_to_grid(weight, step, -high, high)
             owner = self._points.layer_input.get(layer.name)
@@ -92,7 +99,7 @@ class LearnedSteps(nn.Module):
         """The trained integers, steps and biases."""
         graph = self._start.graph
         constants = {
-            name: self.constants[key].detach().contiguous().numpy().copy() for name, key in self._names.items()
+            name: self.constants[key].detach().cpu().contiguous().numpy().copy() for name, key in self._names.items()
         }
         weights = dict(self._start.weights)
         with torch.no_grad():
@@ -101,8 +108,8 @@ class LearnedSteps(nn.Module):
                     continue
                 bits = weights[layer.name].bits
                 high = 2 ** (bits - 1) - 1
-                step = self._step(f"w:{layer.name}")
-                weight = torch.from_numpy(constants[layer.inputs[1]]) * self._masks[layer.name]
+                step = self._step(f"w:{layer.name}").cpu()
+                weight = torch.from_numpy(constants[layer.inputs[1]]) * self._mask(layer.name).cpu()
                 values = (weight / step.view(-1, *(1,) * (weight.dim() - 1))).round().clamp(-high, high)
                 weights[layer.name] = QuantizedWeight(
                     values.to(torch.int8).numpy(), step.numpy().astype(np.float32), bits
@@ -116,9 +123,12 @@ class LearnedSteps(nn.Module):
 
 
 def _round_to_grid(value: Tensor, step: Tensor, low: int, high: int) -> Tensor:
-    """Rounding with the straight-through gradient for ``value`` and LSQ's gradient for ``step`` (Esser 2020, eq. 3)."""
+    """Rounding with the straight-through gradient for ``value`` and LSQ's gradient for ``step`` (Esser 2020, eq. 3).
+
+    In float32 also where the passes around it are of fewer bits: bfloat16 has too few to tell two of 255 steps apart.
+    """
     damp = 1.0 / (value.numel() / max(step.numel(), 1) * high) ** 0.5
-    result: Tensor = _RoundToGrid.apply(value, step, low, high, damp)
+    result: Tensor = _RoundToGrid.apply(value.float(), step, low, high, damp)
     return result
 
 

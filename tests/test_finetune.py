@@ -9,8 +9,9 @@ import torch
 from sample_networks import Residual, patterns, settled
 from torch import nn
 
-from edgecompress.errors import EdgeCompressError
+from edgecompress.errors import EdgeCompressError, UnknownNameError
 from edgecompress.finetune import TrainSettings, _schedule, accuracy_and_loss, reference_model, train
+from edgecompress.training_state import precision_on
 
 SETTINGS = TrainSettings(epochs=4, learning_rate=0.05, batch_size=16, distill=0.0)
 
@@ -85,7 +86,7 @@ def test_interrupted_average_goes_on_to_the_same_weights(data, tmp_path, stop_af
     assert not same(whole, train(fresh(), data, SETTINGS))
 
 
-def interrupted_training(data, settings: TrainSettings, path, stop_after: int) -> None:
+def interrupted_training(data, settings: TrainSettings, path, stop_after: int, penalty=None) -> None:
     class Killed(Exception):
         pass
 
@@ -93,8 +94,9 @@ def interrupted_training(data, settings: TrainSettings, path, stop_after: int) -
         if epoch == stop_after:
             raise Killed
 
+    model = fresh()
     with pytest.raises(Killed):
-        train(fresh(), data, settings, checkpoint=path, on_epoch=kill)
+        train(model, data, settings, checkpoint=path, on_epoch=kill, penalty=penalty and penalty(model))
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])
@@ -217,3 +219,84 @@ def test_reference_is_trained_once_and_kept_in_the_cache(data, tmp_path, monkeyp
     assert len(list((tmp_path / "models").iterdir())) == 1
     assert not same(reference(2), first) and not same(reference(1, seed=1), first)
     assert len(list((tmp_path / "models").glob("*.safetensors"))) == 3
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_computes_in_few_bits_keeps_weights_in_float32_and_learns(data, precision):
+    """Forced on the CPU, whose autocast has both; on CUDA the same lines run."""
+    seen = set()
+    model, wide = fresh(), train(fresh(), data, replace(SETTINGS, precision="fp32"))
+    model.stem[0].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    train(model, data, replace(SETTINGS, precision=precision))
+    assert seen == {{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]}
+    assert all(value.dtype == torch.float32 for value in model.state_dict().values() if value.is_floating_point())
+    assert not same(model, wide) and accuracy_and_loss(model, data, data.test)[0] > 0.9
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_interrupted_mixed_precision_goes_on_to_the_same_weights(data, trained, tmp_path, precision):
+    """In float16 the first scales overflow and are halved: one that is not restored would leave out other steps."""
+    settings, path = replace(SETTINGS, precision=precision), tmp_path / "e.safetensors"
+    whole = train(large := fresh(), data, settings, penalty=steep(large))
+    interrupted_training(data, settings, path, 2, steep)
+    resumed = train(large := fresh(5), data, settings, checkpoint=path, penalty=steep(large))
+    assert same(resumed, whole)
+    # a checkpoint of another precision is not gone on from
+    assert same(train(fresh(), data, SETTINGS, checkpoint=path), trained) and not same(trained, whole)
+
+
+def steep(model: nn.Module):
+    """A penalty whose gradient overflows at the first scales of float16, and no more after some halvings."""
+    return lambda progress: 10 * next(model.parameters()).half().pow(2).sum()
+
+
+def test_overflow_in_float16_leaves_out_steps_and_one_that_stays_is_told(data):
+    model = fresh()
+    start = next(model.parameters()).detach().clone()
+    train(model, data, replace(SETTINGS, epochs=1, precision="fp16"), penalty=steep(model))
+    assert torch.isfinite(next(model.parameters())).all() and not torch.equal(next(model.parameters()), start)
+    model = fresh()
+
+    def endless(progress: float) -> torch.Tensor:
+        return (0 * next(model.parameters()).sum()).sqrt()
+
+    with pytest.raises(EdgeCompressError, match="gradients became infinite or NaN"):
+        train(model, data, replace(SETTINGS, precision="fp16"), penalty=endless)
+
+
+@pytest.mark.parametrize(
+    ("device", "native", "wanted", "found"),
+    [
+        ("cpu", True, "auto", "fp32"),
+        ("cpu", False, "bf16", "bf16"),
+        ("cuda", True, "auto", "bf16"),
+        ("cuda", False, "auto", "fp16"),
+        ("cuda", True, "fp32", "fp32"),
+    ],
+)
+def test_precision_follows_the_device(monkeypatch, device, native, wanted, found):
+    """A GPU that only emulates bfloat16 says so when it is asked without emulation, and gets float16."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
+    assert precision_on(torch.device(device), wanted) == found
+
+
+def test_unknown_precision_names_the_known_ones():
+    with pytest.raises(UnknownNameError, match="bf16"):
+        precision_on(torch.device("cpu"), "bf61")
+
+
+def test_checkpoint_from_before_there_was_a_precision_is_gone_on_from(data, trained, tmp_path):
+    import json
+
+    from safetensors.torch import load_file, safe_open, save_file
+
+    path = tmp_path / "epoch.safetensors"
+    interrupted_training(data, SETTINGS, path, 2)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    metadata["settings"] = json.dumps({k: v for k, v in json.loads(metadata["settings"]).items() if k != "precision"})
+    del metadata["scaler"]
+    save_file(load_file(path), path, metadata=metadata)
+    epochs = []
+    assert same(train(fresh(5), data, SETTINGS, checkpoint=path, on_epoch=lambda *told: epochs.append(told)), trained)
+    assert len(epochs) == 2

@@ -9,10 +9,10 @@ from sample_networks import integer_case, patterns
 from torch import nn
 
 from edgecompress.errors import BadDataError, BadModelError
-from edgecompress.finetune import TrainSettings, train
+from edgecompress.finetune import TrainSettings, accuracy_and_loss, train
 from edgecompress.graph import build_graph, read_graph
 from edgecompress.interpret import float_constants, run
-from edgecompress.learned_steps import LearnedSteps
+from edgecompress.learned_steps import LearnedSteps, _RoundToGrid
 from edgecompress.quantize import (
     BITS,
     Simulator,
@@ -227,6 +227,45 @@ def test_learned_steps_train_keep_zeros_and_finish_within_their_bits(bits):
     with torch.no_grad():
         trained, saved = module(images), simulate(finished, images)
     assert float((trained - saved).abs().median()) < 1e-3 * float(trained.abs().max())
+
+
+def test_learned_steps_round_in_float32_under_autocast():
+    """What convolutions read lies on the grid as well as bfloat16 can say: rounded in bfloat16, steps would be missing."""
+    _, quantized, images = sparse_quantized(8)
+    module = LearnedSteps(quantized)
+    rounded, apply = [], _RoundToGrid.apply
+
+    def watched(value, step, *rest):
+        rounded.append((value.dtype, step.dtype, apply(value, step, *rest)))
+        return rounded[-1][-1]
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(_RoundToGrid, "apply", watched)
+        outputs = module(images)
+    assert outputs.dtype == torch.bfloat16 and len(rounded) > len(quantized.weights)
+    assert {dtype for found in rounded for dtype in (found[0], found[1], found[2].dtype)} == {torch.float32}
+    with torch.no_grad():
+        wide = module(images)
+    assert (outputs.argmax(1) == wide.argmax(1)).float().mean() > 0.9
+
+
+def test_quantisation_aware_training_in_bfloat16_learns_the_steps():
+    data = patterns()
+    trained = []
+    for precision in ("fp32", "bf16"):
+        module = LearnedSteps(sparse_quantized(4)[1])
+        before = accuracy_and_loss(module, data, data.train)[1]
+        settings = TrainSettings(epochs=1, learning_rate=0.02, batch_size=16, weight_decay=0.0, precision=precision)
+        trained.append(accuracy_and_loss(train(module, data, settings), data, data.train)[1])
+        assert trained[-1] < before
+    assert trained[0] != trained[1] and abs(trained[0] - trained[1]) < 0.5 * trained[0]
+
+
+def test_learned_steps_move_as_a_whole_to_another_device():
+    """The meta device refuses any tensor that was left behind, as a GPU would."""
+    _, quantized, images = sparse_quantized(4)
+    outputs = LearnedSteps(quantized).to("meta")(images.to("meta"))
+    assert outputs.device.type == "meta" and outputs.shape == (len(images), 4)
 
 
 def test_pruned_weights_get_no_gradient():
