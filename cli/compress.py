@@ -67,6 +67,10 @@ from edgecompress.cli.flags import switch
     "reconstruct", default=True,
     help="Refit the layers that lost inputs by least squares, in every episode and before fine-tuning; on by default.",
 )  # fmt: skip
+@switch(
+    "single-weights", default=None,
+    help="Let stage 1 also choose how many single weights each group keeps; by default where a budget on bytes asks for it.",
+)  # fmt: skip
 @click.option(
     "--prune-reward", default="accuracy-flops-latency", show_default=True,
     help="Reward of stage 1: accuracy-flops-latency, accuracy-bytes-latency, paper, accuracy, soft-target or module:function.",

@@ -8,6 +8,6 @@ from typing import Any
 import click
 
 
-def switch(name: str, *parameter: str, help: str, default: bool = False) -> Callable[[Any], Any]:
-    """``--name/--no-name``; off, unless ``default`` says on."""
+def switch(name: str, *parameter: str, help: str, default: bool | None = False) -> Callable[[Any], Any]:
+    """``--name/--no-name``; off, unless ``default`` says on; None: neither was said."""
     return click.option(f"--{name}/--no-{name}", *parameter, default=default, help=help)

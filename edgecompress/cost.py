@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from edgecompress.spec import FLOAT_BITS, CompressionPolicy, Cost, EdgeSpec, LayerChoice, LayerSpec, Network, Source
@@ -14,13 +14,17 @@ _AS_IT_IS = LayerChoice()
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One layer at the widths and bits it will be built with: the key by which a latency table is asked."""
+    """One layer at the widths and bits it will be built with: the key by which a latency table is asked.
+
+    Zeros change the bytes of a file and not the kernel that runs: ``keep_elements`` is no part of the key.
+    """
 
     layer: LayerSpec
     in_channels: int
     out_channels: int
     weight_bits: int
     activation_bits: int
+    keep_elements: float = field(default=1.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +110,7 @@ def kernels(network: Network, policy: CompressionPolicy) -> tuple[Kernel, ...]:
                 out_channels=out_channels,
                 weight_bits=choice.weight_bits,
                 activation_bits=choice.activation_bits,
+                keep_elements=choice.keep_elements,
             )
         )
     return tuple(result)
@@ -140,13 +145,12 @@ def count(
     macs = sparse = bops = params = nonzeros = 0
     for kernel in built:
         layer_cost = layer_macs(kernel.layer, kernel.in_channels, kernel.out_channels)
-        kept = policy.layers.get(kernel.layer.name, _AS_IT_IS).keep_elements
         elements = layer_params(kernel.layer, kernel.in_channels, kernel.out_channels)
         weights = layer_weights(kernel.layer, kernel.in_channels, kernel.out_channels)
         macs += layer_cost
-        sparse += round(layer_cost * kept)
+        sparse += round(layer_cost * kernel.keep_elements)
         params += elements
-        nonzeros += elements - weights + round(weights * kept)
+        nonzeros += elements - weights + round(weights * kernel.keep_elements)
         first = kernel.layer.name == network.layers[0].name
         input_bits = min(kernel.activation_bits, INPUT_BITS) if first else kernel.activation_bits
         bops += layer_cost * kernel.weight_bits * input_bits

@@ -240,7 +240,10 @@ def prepare(
         "kernels_estimated",
     )
     cost = priced.model_copy(update={name: getattr(planned, name) for name in fields})
-    size = PlannedSize.from_file(len(integers), traced.network.layers, 8 if target.dialect == "trt" else PLANNED_BITS)
+    packed = target.dialect != "trt"
+    size = PlannedSize.from_file(
+        len(integers), traced.network.layers, PLANNED_BITS if packed else 8, sparse=packed and target.max_opset >= 21
+    )
     if not job.integer:
         size = PlannedSize(len(as_float) - 4 * cost.params, 32)
     return replace(job, limits=limits_for(budgets, cost), original_cost=cost), latency, about, size

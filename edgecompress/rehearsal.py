@@ -95,9 +95,10 @@ def rehearse(job: Job, latency: LatencyModel, size: PlannedSize, progress: Progr
         cost = job.cost_model(size, latency)
         if job.network.prunable_groups:  # otherwise the stage says so itself
             spaces.append(channels_of(job, cost))
-        first = _first_episodes(job, spaces, lambda part: prune_stage(part, cost))
+        timed = _within_reach(job, spaces)
+        first = _first_episodes(timed, lambda part: prune_stage(part, cost))
         stages.append(_planned(job, "prune", spaces[0], first))
-        policy = spaces[0].to_policy(first.uniform.choice)
+        policy = channels_of(timed, cost).to_policy(first.uniform.choice)
         smaller = pruner_of(job)(policy)
         progress.stage("Time a step of every training", 1)
         trainings += _after_pruning(job, smaller)
@@ -110,7 +111,7 @@ def rehearse(job: Job, latency: LatencyModel, size: PlannedSize, progress: Progr
         bits = bits_of(job, simulator, policy, latency, base)
         spaces.append(bits)
         first = _first_episodes(
-            job, spaces, lambda part: quantize_stage(part, graph, calibration, policy, latency, base)
+            _within_reach(job, spaces), lambda part: quantize_stage(part, graph, calibration, policy, latency, base)
         )
         stages.append(_planned(job, "quantize", bits, first))
         if config.qat_epochs:
@@ -162,12 +163,17 @@ class _Stopwatch:
     def note(self, text: str) -> None: ...
 
 
-def _first_episodes(job: Job, spaces: Sequence[SearchSpace], run: Callable[[Job], object]) -> _Stopwatch:
-    """Run a stage until its second episode, without limits if the last of ``spaces``, its own, cannot keep them."""
-    watch = _Stopwatch()
+def _within_reach(job: Job, spaces: Sequence[SearchSpace]) -> Job:
+    """``job``, without limits if the last of ``spaces``, that of the stage at hand, cannot keep them."""
     reachable = all(space.fits(space.smallest) for space in spaces[-1:])
+    return replace(job, limits=job.limits if reachable else ())
+
+
+def _first_episodes(job: Job, run: Callable[[Job], object]) -> _Stopwatch:
+    """Run a stage until its second episode."""
+    watch = _Stopwatch()
     try:
-        run(replace(job, progress=watch, limits=job.limits if reachable else ()))
+        run(replace(job, progress=watch))
     except _EnoughError:
         return watch
     raise AssertionError("a search ended before its second episode")

@@ -382,6 +382,7 @@ class Config(Document):
     seed: int = 0
     importance: str = "l2"
     reconstruct: bool = True
+    single_weights: bool | None = None
     prune_reward: str = "accuracy-flops-latency"
     quantize_reward: str = "accuracy-bytes-latency"
     finetune_epochs: int = Field(default=8, ge=1)

@@ -8,13 +8,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from edgecompress.baselines import Tables
 from edgecompress.cost import CostModel, LatencyModel, SizeModel, count
 from edgecompress.data import Dataset, Split
-from edgecompress.envs import Evaluator, Limit, SearchSpace, channel_space
+from edgecompress.envs import ELEMENTS, FLOAT_BITS, Evaluator, Limit, SearchSpace, channel_space
 from edgecompress.episodes import Episodes, missing_classes
 from edgecompress.errors import BadModelError, GoalMissedError
 from edgecompress.finetune import TrainSettings, accuracy_and_loss, train
@@ -81,11 +82,22 @@ class Job:
         )
 
     def planned(self, policy: CompressionPolicy) -> CompressionPolicy:
-        """``policy``; one without bits yet gets those that an earlier stage 2 chose (``bits``), else `planned_bits`."""
-        if policy.layers:
+        """``policy``; one without bits yet gets those that an earlier stage 2 chose (``bits``), else `planned_bits`.
+
+        What it says of single weights stays.
+        """
+        if any(choice.weight_bits != FLOAT_BITS for choice in policy.layers.values()):
             return policy
-        choice = LayerChoice(weight_bits=self.planned_bits, activation_bits=self.planned_bits)
-        layers = {layer.name: self.bits.get(layer.name, choice) for layer in self.network.layers}
+        planned = LayerChoice(weight_bits=self.planned_bits, activation_bits=self.planned_bits)
+        layers = {layer.name: self.bits.get(layer.name, planned) for layer in self.network.layers}
+        for name, choice in policy.layers.items():
+            if choice.keep_elements < 1:
+                bits = layers[name]
+                layers[name] = LayerChoice.model_construct(
+                    keep_elements=choice.keep_elements,
+                    weight_bits=bits.weight_bits,
+                    activation_bits=bits.activation_bits,
+                )
         return policy.model_copy(update={"layers": layers})
 
     def cost_model(self, size: SizeModel | None, latency: LatencyModel | None) -> CostModel:
@@ -101,10 +113,41 @@ def limits_for(budgets: Sequence[Budget], original: Cost) -> tuple[Limit, ...]:
 # ----------------------------------------------------------------------------------------------- stage 1: pruning
 
 
-def channels_of(job: Job, cost: CostModel) -> SearchSpace:
-    """What stage 1 may choose, under the budgets that channels decide."""
+def channels_of(job: Job, cost: CostModel, sensitivity: Callable[[str], float] | None = None) -> SearchSpace:
+    """What stage 1 may choose, under the budgets that channels and single weights decide.
+
+    The channels of every group; its single weights too where `--single-weights` or the reward asks for them, or where the
+    budgets on bytes ask for more than the other budgets give.
+    """
+    config = job.config
     limits = [limit for limit in job.limits if limit.budget.metric != "bops"]
-    return channel_space(job.network, job.target, cost, limits, job.original_cost)
+    space = partial(
+        channel_space, job.network, job.target, cost, limits, job.original_cost, sensitivity=sensitivity
+    )  # fmt: skip
+    if config.pick is not None:
+        groups = len(job.network.prunable_groups)
+        earlier = RunFolder(Path(config.pick)).trials()
+        chosen = any(trial.stage == "prune" and len(trial.choice) > groups for trial in earlier)
+        return space(elements=ELEMENTS if chosen else ())
+    free = config.prune_reward == "paper" if config.single_weights is None else config.single_weights
+    if free:
+        return space(elements=ELEMENTS, only_if_asked=False)
+    if config.single_weights is None and job.network.prunable_groups:
+        both = space(elements=ELEMENTS)
+        if _single_weights_are_needed(both):
+            return both
+    return space()
+
+
+def _single_weights_are_needed(space: SearchSpace) -> bool:
+    """Whether budgets that zeros relieve are still missed when channels alone keep all others."""
+    sparse = tuple(levels[0] if i in space.only_if_asked else levels[-1] for i, levels in enumerate(space.levels))
+    dense, zeros = space.price(space.largest), space.price(sparse)
+    relieved = [m for limit in space.limits if zeros.metric(m := limit.budget.metric) < dense.metric(m)]
+    if not relieved:
+        return False
+    others = replace(space, limits=tuple(limit for limit in space.limits if limit.budget.metric not in relieved))
+    return not space.fits(others.project(np.ones(len(space.levels))))
 
 
 def pruner_of(job: Job) -> Callable[[CompressionPolicy], nn.Module]:
@@ -188,6 +231,7 @@ def remeasured(trials: Sequence[Trial], job: Job, build: Callable[[Trial], Calla
 def _short_finetune(job: Job, model: nn.Module) -> tuple[float, float]:
     """Accuracy and loss on select-val after a short recovery."""
     settings = train_settings(job, SHORT_EPOCHS)
+    _hold_zeros(model)
     train(model, job.data, settings, teacher=job.original, on_epoch=job.progress.epoch)
     return accuracy_and_loss(model, job.data, job.data.select_val)
 
@@ -268,15 +312,16 @@ def _without_noisy_weights(
 
     Where the policy is silent, half as many go while that costs over a point on select-val.
     """
-    before = accuracy_and_loss(model, job.data, job.data.select_val)[0]
-    learned = job.config.noise_epochs > 0 and not chosen
-    keep = {name: noise.suggested_keep(name) if learned else chosen.get(name, 1.0) for name in noise.log_alpha}
+    learned = job.config.noise_epochs > 0
+    keep = {name: noise.suggested_keep(name) if learned else 1.0 for name in noise.log_alpha} | dict(chosen)
     pattern = _two_four_layers(job, model) if job.config.two_four else ()
+    chosen_only = prune_elements(model, noise, chosen, pattern)
+    before = accuracy_and_loss(chosen_only, job.data, job.data.select_val)[0]
     sparse = prune_elements(model, noise, keep, pattern)
     for _ in range(3 if learned else 0):
         if accuracy_and_loss(sparse, job.data, job.data.select_val)[0] >= before - 0.01:
             break
-        keep = {name: (1 + fraction) / 2 for name, fraction in keep.items()}
+        keep = {name: chosen.get(name, (1 + fraction) / 2) for name, fraction in keep.items()}
         sparse = prune_elements(model, noise, keep, pattern)
     _hold_zeros(sparse)
     epochs = max(2, job.config.finetune_epochs // 2)
@@ -302,9 +347,8 @@ def _two_four_layers(job: Job, model: nn.Module) -> list[str]:
 def _hold_zeros(model: nn.Module) -> None:
     """Weights that are zero get no gradient; weight decay and momentum leave a zero at zero."""
     for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            mask = (module.weight != 0).float()
-            module.weight.register_hook(partial(torch.mul, mask))  # type: ignore[no-untyped-call]
+        if isinstance(module, nn.Conv2d | nn.Linear) and not bool((mask := module.weight != 0).all()):
+            module.weight.register_hook(partial(torch.mul, mask.float()))  # type: ignore[no-untyped-call]
 
 
 def _released(model: nn.Module) -> nn.Module:

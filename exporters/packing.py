@@ -21,6 +21,7 @@ from onnx import TensorProto
 from edgecompress.exporters.onnx_writing import Names, node, tensor
 
 Int8 = NDArray[np.int8]
+SPARSE_ZEROS = 0.2  # share of zeros from which a bitmask is tried
 LARGE = 1 << 24  # weights of a layer above which loading must be short of steps
 _SMALL = 1 << 15  # weights up to which the smallest storage wins however many steps it takes
 _BYTE_INDEX = 1 << 18  # weights from which a table of 256 rows is small beside them
@@ -78,7 +79,7 @@ def _unpacked(values: Int8, bits: int, max_opset: int) -> list[Callable[[Int8, i
         kinds.append(partial(_as_parts, container=2 if max_opset >= 25 else 0) if bits == 3 else _as_parts)
     if max_opset >= 18 and bits < 8 and values.size <= (LARGE if max_opset < 21 else _SMALL):
         kinds.append(_as_planes)
-    if max_opset >= 21 and (values == 0).mean() > 0.2 and values.size <= LARGE:
+    if max_opset >= 21 and (values == 0).mean() > SPARSE_ZEROS and values.size <= LARGE:
         kinds.append(_as_sparse)
     return kinds
 
@@ -251,6 +252,11 @@ def _as_sparse(values: Int8, bits: int, names: Names) -> Stored:
     initializers.append(tensor(shape, np.array(values.shape, np.int64)))
     nodes += [node("Cast", [product], [count], to=TensorProto.INT8), node("Reshape", [count, shape], [output])]
     return Stored("sparse", output, tuple(nodes), tuple(initializers), max(18, inner.opset))
+
+
+def sparse_storage(values: Int8, bits: int) -> Stored:
+    """``values`` as a bitmask with the non-zero ones, whether that is the smallest storage or not."""
+    return _as_sparse(values, bits, Names())
 
 
 def _value_storages(bits: int) -> list[Callable[[Int8, int, Names], Stored]]:

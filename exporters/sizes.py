@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
-from edgecompress.cost import Kernel, layer_params
+from edgecompress.cost import Kernel, layer_params, layer_weights
 from edgecompress.exporters.onnx_writing import Names
-from edgecompress.exporters.packing import store
+from edgecompress.exporters.packing import LARGE, SPARSE_ZEROS, sparse_storage, store
 from edgecompress.quantize import QuantizedGraph, QuantizedWeight, Simulator
 from edgecompress.spec import LayerSpec, Target
 
@@ -24,26 +25,50 @@ class PlannedSize:
         fixed_bytes: everything but weights, scales and biases: nodes, names, activation ranges.
         bits: 8 where the target's dialect stores nothing smaller, otherwise the average that stage 2 is expected to reach;
             None: the bits of every layer are known.
+        sparse: the file stores a layer as a bitmask with its non-zero weights where that is smaller.
     """
 
-    def __init__(self, fixed_bytes: int, bits: float | None) -> None:
-        self._fixed, self._bits = fixed_bytes, bits
+    def __init__(self, fixed_bytes: int, bits: float | None, *, sparse: bool = False) -> None:
+        self._fixed, self._bits, self._sparse = fixed_bytes, bits, sparse
 
     @classmethod
-    def from_file(cls, file_bytes: int, layers: Sequence[LayerSpec], bits: float) -> PlannedSize:
+    def from_file(
+        cls, file_bytes: int, layers: Sequence[LayerSpec], bits: float, *, sparse: bool = False
+    ) -> PlannedSize:
         """Take what is not weights off the integer file of the unpruned network."""
         weights = sum(layer_params(layer, layer.in_channels, layer.out_channels) for layer in layers)
-        return cls(file_bytes - weights - sum(CHANNEL_BYTES * layer.out_channels for layer in layers), bits)
+        fixed = file_bytes - weights - sum(CHANNEL_BYTES * layer.out_channels for layer in layers)
+        return cls(fixed, bits, sparse=sparse)
 
     def at_known_bits(self) -> PlannedSize:
         """The same around weights at the bits that a finished stage 2 chose, where the dialect packs them."""
-        return self if self._bits == 8 else PlannedSize(self._fixed, None)
+        return self if self._bits == 8 else PlannedSize(self._fixed, None, sparse=self._sparse)
 
     def __call__(self, kernels: Sequence[Kernel], params: int) -> int:
-        weights = sum(
-            layer_params(k.layer, k.in_channels, k.out_channels) * (self._bits or k.weight_bits) / 8 for k in kernels
-        )
+        weights = sum(self._stored(kernel) for kernel in kernels)
         return round(self._fixed + weights + sum(CHANNEL_BYTES * k.out_channels for k in kernels))
+
+    def _stored(self, kernel: Kernel) -> float:
+        """Bytes of one layer's weights: dense, or what `packing.store` makes of its zeros where that is smaller.
+
+        The non-zero values are stored at 4 bits or at 8; an average of planned bits stands for layers of both.
+        """
+        bits = self._bits or kernel.weight_bits
+        dense = layer_params(kernel.layer, kernel.in_channels, kernel.out_channels) * bits / 8
+        if not self._sparse or kernel.keep_elements > 1 - SPARSE_ZEROS:
+            return dense
+        weights = layer_weights(kernel.layer, kernel.in_channels, kernel.out_channels)
+        if weights > LARGE:
+            return dense
+        held = bits if bits % 1 else (4 if bits <= 4 else 8)
+        rest = dense - weights * bits / 8
+        return min(dense, rest + _sparse_overhead() + weights * (1 + kernel.keep_elements * held) / 8)
+
+
+@cache
+def _sparse_overhead() -> int:
+    """Bytes of the nodes that unpack one sparse layer."""
+    return sparse_storage(np.zeros(8, np.int8), 4).size_bytes
 
 
 class FileSize:

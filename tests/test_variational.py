@@ -113,7 +113,9 @@ def test_noise_by_size_ranks_as_magnitude_does():
 
 @pytest.mark.parametrize(("epochs", "two_four"), [(1, False), (0, False), (0, True)])
 def test_recovery_keeps_the_single_weights_that_the_policy_chose(tmp_path, epochs, two_four):
-    """By log-alpha where noise is learned, by size where it is not; the pattern only where channels fill its blocks."""
+    """By log-alpha where noise is learned, by size where it is not; the pattern only where channels fill its blocks.
+
+    Of layers that it says nothing of, those above the threshold go, where noise is learned."""
     data, model = patterns(per_class=20), settled(Residual(4))
     traced = trace(model, (3, 16, 16), "residual")
     target = target_by_name("jetson").model_copy(update={"channel_divisor": {"int8": 8}})
@@ -125,7 +127,9 @@ def test_recovery_keeps_the_single_weights_that_the_policy_chose(tmp_path, epoch
     layers = {"b2.0": LayerChoice(keep_elements=0.25), "fc": LayerChoice(keep_elements=0.75)}
     found, policy = recover(job, CompressionPolicy(model="", keep_channels={"b1.0": 8}, layers=layers))
     share = {name: float((found.get_submodule(name).weight != 0).float().mean()) for name in ("b2.0", "fc", "a1.0")}
-    assert share == {"b2.0": 0.25, "fc": 0.5 if two_four else 0.75, "a1.0": 0.5 if two_four else 1.0}
+    silent = share["a1.0"] if epochs else 0.5 if two_four else 1.0
+    assert share == {"b2.0": 0.25, "fc": 0.5 if two_four else 0.75, "a1.0": silent}
+    assert not epochs or 0.5 < silent < 1
     assert {name: policy.layers[name].keep_elements for name in share} == pytest.approx(share)
     if two_four:
         rows = (found.a1[0].weight != 0).reshape(8, 2, 4, 9)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -134,6 +136,33 @@ def test_planned_size_is_the_file_where_nothing_is_pruned_and_falls_with_channel
     half = CompressionPolicy(model="", keep_channels={group.id: group.width // 2 for group in network.prunable_groups})
     assert planned(kernels(network, half), 0) < whole
     assert PlannedSize.from_file(base, network.layers, 4)(kernels(network, CompressionPolicy(model="")), 0) < whole
+
+
+@pytest.mark.parametrize(("bits", "keep"), [(8, 0.25), (8, 0.5), (4, 0.25), (4, 0.9), (8, 0.9)])
+def test_planned_size_of_single_weights_is_that_of_the_written_file(bits, keep):
+    """Zeros are charged as the writer stores them: as a bitmask where that is smaller, else like all others."""
+    case = integer_case("resnet8")
+    network = trace(case.model, (3, 16, 16), "resnet8").network
+    quantized = case.quantized(bits, 8)
+    random = np.random.default_rng(0)
+    sparse = {
+        name: replace(weight, values=_thinned(weight.values, keep, random))
+        for name, weight in quantized.weights.items()
+    }
+    written = integer_model(replace(quantized, weights=sparse)).ByteSize()
+    base = integer_model(case.quantized(8, 8)).ByteSize()
+    choice = LayerChoice(keep_elements=keep, weight_bits=bits)
+    built = kernels(network, CompressionPolicy(model="", layers={layer.name: choice for layer in network.layers}))
+    planned = PlannedSize.from_file(base, network.layers, bits, sparse=True)(built, 0)
+    assert planned == pytest.approx(written, rel=0.05)
+    assert PlannedSize.from_file(base, network.layers, bits)(built, 0) >= planned
+
+
+def _thinned(values, keep, random):
+    """All but ``keep`` of the weights at zero, the others at what no storage below their bits could hold."""
+    flat = np.where(values == 0, 1, values).ravel()
+    flat[random.permutation(flat.size)[round(keep * flat.size) :]] = 0
+    return flat.reshape(values.shape)
 
 
 def test_operators_are_named_after_the_module_that_calls_them():
