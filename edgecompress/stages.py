@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from edgecompress.agents import SB3_AGENTS
 from edgecompress.baselines import Tables
+from edgecompress.channel_sensitivity import channel_sensitivities
 from edgecompress.cost import CostModel, LatencyModel, SizeModel, count
 from edgecompress.data import Dataset, Split
 from edgecompress.envs import ELEMENTS, FLOAT_BITS, Evaluator, Limit, SearchSpace, channel_space
@@ -139,6 +142,15 @@ def channels_of(job: Job, cost: CostModel, sensitivity: Callable[[str], float] |
     return space()
 
 
+def _sensitivity(job: Job) -> Callable[[str], float] | None:
+    """What an agent that learns sees of every group, in the logarithm: divergences lie magnitudes apart."""
+    if job.config.agent not in SB3_AGENTS or job.config.pick is not None:
+        return None
+    cache = job.run.file("channel_sensitivities.json")
+    found = channel_sensitivities(job.original, job.traced, job.data, cache).divergence
+    return lambda group: math.log10(found[group] + 1e-6)
+
+
 def _single_weights_are_needed(space: SearchSpace) -> bool:
     """Whether budgets that zeros relieve are still missed when channels alone keep all others."""
     sparse = tuple(levels[0] if i in space.only_if_asked else levels[-1] for i, levels in enumerate(space.levels))
@@ -163,9 +175,8 @@ def prune_stage(job: Job, cost: CostModel) -> tuple[CompressionPolicy, str]:
     if not job.network.prunable_groups:
         reasons = "; ".join(f"{group.id}: {group.reason}" for group in job.network.groups)
         raise BadModelError(f"{job.config.model} has nothing to prune ({reasons}). Run with --stages quantize.")
-    space = channels_of(job, cost)
+    space = channels_of(job, cost, _sensitivity(job))
     pruned = pruner_of(job)
-
     lacking = missing_classes(job.data, job.data.search_val, "search-val")
     if lacking:
         job.progress.note(lacking)

@@ -9,10 +9,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from sample_networks import patterns
+from sample_networks import Residual, patterns, settled
 from torch import nn
 
 import edgecompress
+from edgecompress.channel_sensitivity import channel_sensitivities
 from edgecompress.cost import count
 from edgecompress.exporters.sizes import PlannedSize
 from edgecompress.exporters.to_onnxruntime import integer_model
@@ -93,6 +94,23 @@ def test_policy_without_bits_is_priced_at_the_planned_ones_and_keeps_its_zeros(t
     assert planned["features.0"] == LayerChoice(weight_bits=8, activation_bits=8)
     chosen = CompressionPolicy(model="", layers={"fc": LayerChoice(weight_bits=3, activation_bits=8)})
     assert job.planned(chosen) == chosen
+
+
+def test_sensitivities_rank_the_groups_by_what_cutting_one_alone_does_and_are_kept(tmp_path):
+    torch.manual_seed(0)
+    model, data = settled(Residual(4)), patterns()
+    with torch.no_grad():
+        model.b2[0].weight[:8] *= 1e-4  # half of these channels say nothing
+        model.b1[0].weight[:8] *= 1e-4
+        model.b1[1].weight[:8], model.b1[1].bias[:8] = 0, 0
+    traced = trace(model, (3, 16, 16), "residual")
+    found = channel_sensitivities(model, traced, data, tmp_path / "c.json")
+    assert set(found.divergence) == {group.id for group in traced.network.prunable_groups} and found.images == 40
+    assert found.divergence["b1.0"] < 1e-6 < found.divergence["stem.0"]
+    with torch.no_grad():
+        model.fc.weight.zero_()
+    assert channel_sensitivities(model, traced, data, tmp_path / "c.json") == found  # not measured again
+    assert channel_sensitivities(model, traced, data).divergence["stem.0"] == 0
 
 
 @pytest.fixture(scope="module")
