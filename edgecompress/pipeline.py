@@ -222,7 +222,8 @@ def prepare(
     )
     integers = as_float
     if job.integer:
-        simulator = Simulator(graph, calibrate(graph, calibration_batches(data), ranges=config.ranges))
+        calibration = calibrate(graph, calibration_batches(data), ranges=config.ranges)
+        simulator = Simulator(graph, calibration, target.weight_scales)
         integers = at_8_bits(simulator, "ort", data).SerializeToString()
         write_bytes(run.file("exports") / ORIGINAL_INT8, integers)
     table = Path(config.table) if config.table else None
@@ -348,7 +349,8 @@ def _stage_two(
     for text in calibration_warnings(job.data):
         job.progress.note(text)
     calibration = calibrate(graph, calibration_batches(job.data), ranges=job.config.ranges)
-    base = len(at_8_bits(Simulator(graph, calibration), job.target.dialect, job.data).SerializeToString())
+    simulator = Simulator(graph, calibration, job.target.weight_scales)
+    base = len(at_8_bits(simulator, job.target.dialect, job.data).SerializeToString())
     quantized, policy, arm = quantize_stage(job, graph, calibration, pruned, latency, base)
     save_quantized(job.run.file("quantized.safetensors"), quantized)
     return policy, arm

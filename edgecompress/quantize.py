@@ -14,7 +14,7 @@ from edgecompress.errors import BadDataError
 from edgecompress.graph import Graph, Node
 from edgecompress.interpret import float_constants, run
 from edgecompress.ranges import RANGES
-from edgecompress.spec import LayerChoice
+from edgecompress.spec import LayerChoice, WeightScales
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 _PASS_THROUGH = ("MaxPool", "Flatten", "Reshape", "Transpose", "Slice", "Identity")
@@ -44,11 +44,24 @@ class TensorRange:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """Integer weights of one layer: ``weight = values * scale[out]``; ``values`` fit ``bits`` without the lowest code."""
+    """Integer weights of one layer: ``weight = values * scale[out]``; ``values`` fit ``bits`` without the lowest code.
+
+    ``scale`` is ``[out]``, or without dimensions where the whole tensor has one step.
+    """
 
     values: NDArray[np.int8]
     scale: NDArray[np.float32]
     bits: int
+
+    @property
+    def scales(self) -> WeightScales:
+        """What has a step of its own."""
+        return "channel" if self.scale.ndim else "tensor"
+
+    @property
+    def channel_scale(self) -> NDArray[np.float32]:
+        """The step of every output channel ``[out]``, equal ones where the tensor has one."""
+        return np.array(np.broadcast_to(self.scale, len(self.values)))
 
 
 @dataclass(frozen=True)
@@ -235,10 +248,10 @@ def _best_scale(values: Tensor, bits: int, ranges: str, *, signed: bool, reach: 
     return float(np.float32(RANGES[ranges](values, steps, low, high)))
 
 
-def quantize_weight(weight: Tensor, bits: int) -> QuantizedWeight:
-    """Round ``weight [out, ...]`` symmetrically per output channel at the step of least squared error."""
+def quantize_weight(weight: Tensor, bits: int, scales: WeightScales = "channel") -> QuantizedWeight:
+    """Round ``weight [out, ...]`` symmetrically at the step of least squared error, one per output channel or one for all."""
     high = 2 ** (bits - 1) - 1
-    rows = weight.detach().flatten(1)
+    rows = weight.detach().reshape(len(weight) if scales == "channel" else 1, -1)
     largest = rows.abs().amax(1)
     # A pruned or nearly dead channel gets a step that still holds its bias as an int32 at scale_x * scale_w.
     largest = largest.clamp(min=max(1e-4 * float(largest.max()), 1e-8))
@@ -250,15 +263,21 @@ def quantize_weight(weight: Tensor, bits: int) -> QuantizedWeight:
         better = error < best
         best, scale = torch.where(better, error, best), torch.where(better, step[:, 0], scale)
     values = (rows / scale[:, None]).round().clamp(-high, high).reshape(weight.shape)
-    return QuantizedWeight(values.to(torch.int8).numpy(), scale.numpy().astype(np.float32), bits)
+    step_of = scale if scales == "channel" else scale[0]
+    return QuantizedWeight(values.to(torch.int8).numpy(), step_of.numpy().astype(np.float32), bits)
 
 
 class Simulator:
-    """Float fake quantisation of a policy's bits on one graph. Quantised weights are cached by layer and bits."""
+    """Float fake quantisation of a policy's bits on one graph. Quantised weights are cached by layer and bits.
 
-    def __init__(self, graph: Graph, calibration: Calibration) -> None:
+    Args:
+        weight_scales: of the target: one step per output channel, or one per weight tensor.
+    """
+
+    def __init__(self, graph: Graph, calibration: Calibration, weight_scales: WeightScales = "channel") -> None:
         self.graph = graph
         self.calibration = calibration
+        self.weight_scales = weight_scales
         self.points = find_points(graph)
         self._walked = without_absorbed(graph, self.points)
         self._constants = float_constants(graph)
@@ -270,7 +289,7 @@ class Simulator:
         """Integers of ``layer`` at ``bits``, in the graph's own layout ``[out, ...]``."""
         key = (layer.name, bits)
         if key not in self._weights:
-            self._weights[key] = quantize_weight(self._constants[layer.inputs[1]], bits)
+            self._weights[key] = quantize_weight(self._constants[layer.inputs[1]], bits, self.weight_scales)
         return self._weights[key]
 
     def quantized(self, choices: Mapping[str, LayerChoice]) -> QuantizedGraph:

@@ -106,7 +106,7 @@ def rehearse(job: Job, latency: LatencyModel, size: PlannedSize, progress: Progr
         progress.stage("Time stage 2", 1)
         graph = saved_graph(job, smaller, policy)
         calibration = calibrate(graph, calibration_batches(job.data), ranges=config.ranges)
-        simulator = Simulator(graph, calibration)
+        simulator = Simulator(graph, calibration, job.target.weight_scales)
         base = len(at_8_bits(simulator, job.target.dialect, job.data).SerializeToString())
         bits = bits_of(job, simulator, policy, latency, base)
         spaces.append(bits)

@@ -25,6 +25,7 @@ Metric = Literal["flops", "params", "size", "bops", "latency"]
 Source = Literal["measured", "interpolated", "estimated"]
 Stage = Literal["prune", "quantize"]
 Precision = Literal["fp32", "fp16", "int8"]
+WeightScales = Literal["channel", "tensor"]
 FLOAT_BITS = 32
 
 
@@ -146,7 +147,10 @@ class CompressionPolicy(Document):
 
 
 class Target(Frozen):
-    """A device and the runtime on it. Facts carry their sources in ``sources``; see the files in targets/."""
+    """A device and the runtime on it. Facts carry their sources in ``sources``; see the files in targets/.
+
+    ``weight_scales``: whether its integer kernels take one step per output channel, or one for a layer's whole weight.
+    """
 
     name: str
     aliases: tuple[str, ...] = ()
@@ -162,6 +166,7 @@ class Target(Frozen):
     channel_divisor: dict[str, int]
     weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
     activation_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    weight_scales: WeightScales = "channel"
     memory_mb: int
     power_modes: str = ""
     notes: str = ""

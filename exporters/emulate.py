@@ -142,7 +142,7 @@ def _conv(node: Node, integers: Mapping[str, Tensor], quantized: QuantizedGraph,
     else:
         total = F.linear(x, w if node.attributes.get("transB", 0) else w.t())
     shape = (1, -1, *(1,) * (total.dim() - 2))
-    scales = scale * weight.scale
+    scales = scale * weight.channel_scale
     if len(node.inputs) > 2 and node.inputs[2]:
         bias = int32_bias(quantized.graph.constants[node.inputs[2]], float(scale), weight.scale)
         total = total + torch.from_numpy(bias).double().view(shape)

@@ -29,7 +29,9 @@ def without_saturation(quantized: QuantizedGraph) -> QuantizedGraph:
         name: weight
         if weight.bits <= SAFE_BITS
         else quantize_weight(
-            torch.from_numpy(quantized.graph.constants[layers[name].inputs[1]] * (weight.values != 0)), SAFE_BITS
+            torch.from_numpy(quantized.graph.constants[layers[name].inputs[1]] * (weight.values != 0)),
+            SAFE_BITS,
+            weight.scales,
         )
         for name, weight in quantized.weights.items()
     }

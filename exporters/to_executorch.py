@@ -59,8 +59,8 @@ class IntegerNetwork(FloatNetwork):
         inputs = {layer.name: layer.inputs[1] for layer in quantized.graph.layers}
         for number, (name, weight) in enumerate(quantized.weights.items()):
             self.register_buffer(f"values{number}", torch.from_numpy(weight.values.copy()))
-            self.register_buffer(f"scale{number}", torch.from_numpy(weight.scale.copy()))
-            self.register_buffer(f"zero{number}", torch.zeros(len(weight.scale), dtype=torch.int64))
+            self.register_buffer(f"scale{number}", torch.from_numpy(weight.channel_scale))
+            self.register_buffer(f"zero{number}", torch.zeros(len(weight.values), dtype=torch.int64))
             self._layers[inputs[name]] = number
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""The ``ort`` dialect: what ONNX Runtime's CPU kernels fuse. u8 activations, s8 per-channel weights, int32 biases.
+"""The ``ort`` dialect: what ONNX Runtime's CPU kernels fuse. u8 activations, s8 weights, int32 biases.
 
+Weights have a scale per output channel, or one where the target takes no more (``Target.weight_scales``).
 Behind a ReLU the zero point is 0, so that saturation is the ReLU and the node is dropped; elsewhere it is 128. Fewer
 than 8 activation bits are an integer Clip between Q and DQ, which still fuses (measured: 1 to 5 % of the time).
 """
@@ -17,6 +18,7 @@ from edgecompress.exporters.packing import store
 from edgecompress.graph import Graph, Node
 from edgecompress.quantize import (
     QuantizedGraph,
+    QuantizedWeight,
     TensorRange,
     find_points,
     gate_reach,
@@ -130,9 +132,9 @@ class _Writer:
         inputs = [self._read(source.inputs[0]), self._weight(source)]
         if len(source.inputs) > 2 and source.inputs[2]:
             integers = int32_bias(self.graph.constants[source.inputs[2]], how.scale, weight.scale)
-            scale = self._constant(np.float32(how.scale) * weight.scale)
+            scale = self._constant(np.asarray(np.float32(how.scale) * weight.scale))
             inputs.append(self.names.new())
-            zeros = self._zeros(source, integers)
+            zeros = self._zeros(source, weight, integers.dtype)
             self.nodes.append(node("DequantizeLinear", [self._constant(integers), scale, *zeros], [inputs[2]], axis=0))
         self.nodes.append(node(source.op, inputs, [output], source.name, **attributes_of(source)))
 
@@ -143,13 +145,13 @@ class _Writer:
         self.initializers += stored.initializers
         self.nodes += stored.nodes
         output = self.names.new()
-        inputs = [stored.output, self._constant(weight.scale), *self._zeros(source, weight.values)]
+        inputs = [stored.output, self._constant(weight.scale), *self._zeros(source, weight, weight.values.dtype)]
         self.nodes.append(node("DequantizeLinear", inputs, [output], axis=0))
         return output
 
-    def _zeros(self, source: Node, integers: np.ndarray) -> list[str]:
+    def _zeros(self, source: Node, weight: QuantizedWeight, dtype: np.dtype) -> list[str]:
         """ONNX Runtime fuses a Gemm only when its constants name their zero points; a Conv does without."""
-        return [self._constant(np.zeros(len(integers), integers.dtype))] if source.op == "Gemm" else []
+        return [self._constant(np.zeros(weight.scale.shape, dtype))] if source.op == "Gemm" else []
 
     def _quantize(self, value: str) -> None:
         """Q and a Clip below 8 bits; the DQ follows where ``value`` is first read."""

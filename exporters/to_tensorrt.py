@@ -211,10 +211,10 @@ class _Writer:
             scale = weight.scale.reshape(-1, *(1,) * (weight.values.ndim - 1))
             return self._constant((weight.values * scale).astype(np.float16))
         kind = ml_dtypes.int4 if half else np.int8
+        # INT4 was only seen with one scale per channel.
+        scale = weight.channel_scale.astype(np.float16) if half else weight.scale
         # Three inputs with equally many zero points: TensorRT 8's parser insists on them.
-        parts = (weight.values.astype(kind), weight.scale, np.zeros(len(weight.values), kind))
-        if half:
-            parts = (parts[0], weight.scale.astype(np.float16), parts[2])
+        parts = (weight.values.astype(kind), scale, np.zeros(scale.shape, kind))
         return self._node("DequantizeLinear", [self._constant(part) for part in parts], axis=0)
 
     def _pair(self, value: str, how: TensorRange) -> str:

@@ -21,7 +21,7 @@ from edgecompress.exporters.packing import store
 from edgecompress.exporters.runners import OnnxRuntimeRunner, OpenVinoRunner, is_x86, run_all
 from edgecompress.graph import Graph, Node
 from edgecompress.interpret import float_constants, run
-from edgecompress.quantize import QuantizedGraph, simulate
+from edgecompress.quantize import QuantizedGraph, QuantizedWeight, simulate
 from edgecompress.spec import CompressionPolicy, Network
 
 Images = NDArray[np.float32]
@@ -168,7 +168,7 @@ def check_size(model: bytes, quantized: QuantizedGraph) -> Checks:
     packed = sum(len(found.raw_data) for layer in stored for found in layer.initializers)
     layers = [layer for layer in quantized.graph.layers if layer.name in quantized.weights]
     exact = sum(weight.values.size * weight.bits / 8 for weight in quantized.weights.values())
-    channels = sum(_channel_bytes(layer) * quantized.graph.constants[layer.inputs[1]].shape[0] for layer in layers)
+    channels = sum(_channel_bytes(layer, quantized.weights[layer.name]) for layer in layers)
     return Checks(
         {
             "weight_bytes": packed,
@@ -179,11 +179,12 @@ def check_size(model: bytes, quantized: QuantizedGraph) -> Checks:
     )
 
 
-def _channel_bytes(layer: Node) -> int:
-    """Per output channel: the weight's scale, the bias with its own scale, and zero points, which only a Gemm needs."""
+def _channel_bytes(layer: Node, weight: QuantizedWeight) -> int:
+    """The weight's scales, the bias with its own, and zero points, which only a Gemm needs."""
     has_bias = len(layer.inputs) > 2 and bool(layer.inputs[2])
     gemm = layer.op == "Gemm"
-    return 4 + gemm + (8 + 4 * gemm if has_bias else 0)
+    per_scale = 4 + gemm + (4 + 4 * gemm if has_bias else 0)
+    return per_scale * weight.scale.size + (4 * len(weight.values) if has_bias else 0)
 
 
 def check_memory(activations: int, weights: int, limit_mb: int) -> Checks:

@@ -16,7 +16,7 @@ from edgecompress.data import Dataset, Split
 from edgecompress.graph import Graph, build_graph
 from edgecompress.models import build_model
 from edgecompress.quantize import QuantizedGraph, Simulator, calibrate
-from edgecompress.spec import LayerChoice, Preprocessing
+from edgecompress.spec import LayerChoice, Preprocessing, WeightScales
 
 
 def conv_bn(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -255,11 +255,12 @@ class IntegerCase:
 
 
 @cache
-def integer_case(name: str) -> IntegerCase:
+def integer_case(name: str, weight_scales: WeightScales = "channel") -> IntegerCase:
     """One of `NETWORKS` or `OPERATOR_NETWORKS` at 16x16, or a network of the zoo at 32x32."""
     own = {**NETWORKS, **OPERATOR_NETWORKS}
     size = 16 if name in own else 32
     model = settled(own[name](4) if name in own else build_model(name, 10), 5)
     images = torch.randn(48, 3, size, size, generator=torch.Generator().manual_seed(6))
     graph = build_graph(model, (3, size, size), name)
-    return IntegerCase(model, graph, Simulator(graph, calibrate(graph, [images], samples=4000)), images)
+    simulator = Simulator(graph, calibrate(graph, [images], samples=4000), weight_scales)
+    return IntegerCase(model, graph, simulator, images)

@@ -13,7 +13,9 @@ from sample_networks import NETWORKS, OPERATOR_NETWORKS, integer_case
 from edgecompress.cost import kernels
 from edgecompress.errors import BadModelError
 from edgecompress.exporters.emulate import emulate, float_islands
+from edgecompress.exporters.quantized_file import load_quantized, save_graph, save_quantized
 from edgecompress.exporters.runners import OnnxRuntimeRunner, is_x86
+from edgecompress.exporters.saturation import without_saturation
 from edgecompress.exporters.sizes import FileSize, PlannedSize, stored_bytes
 from edgecompress.exporters.to_onnxruntime import gate_steps, grid, int32_bias, integer_model
 from edgecompress.exporters.verify import FLOAT_OPS, agreement, fusion_report, optimised_operators
@@ -21,7 +23,8 @@ from edgecompress.graph import build_graph
 from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.learned_steps import LearnedSteps
 from edgecompress.quantize import QuantizedGraph, calibrate, find_points, simulate
-from edgecompress.spec import CompressionPolicy, LayerChoice
+from edgecompress.rounding import learned_rounding
+from edgecompress.spec import CompressionPolicy, LayerChoice, WeightScales
 from edgecompress.trace import trace
 
 CASES = (*NETWORKS, *OPERATOR_NETWORKS, "resnet8")
@@ -29,8 +32,8 @@ BITS = ("w8a8", "w4a4", "w2a8", "w8a2", "w3a5", "random0", "random1")
 needs_x86 = pytest.mark.skipif(not is_x86(), reason="ONNX Runtime is only known to be exact on x86")
 
 
-def quantized_case(name: str, bits: str) -> QuantizedGraph:
-    case = integer_case(name)
+def quantized_case(name: str, bits: str, weight_scales: WeightScales = "channel") -> QuantizedGraph:
+    case = integer_case(name, weight_scales)
     if bits.startswith("random"):
         return case.simulator.quantized(case.random_choices(int(bits[-1])))
     return case.quantized(int(bits[1]), int(bits[3]))
@@ -54,6 +57,47 @@ def test_emulator_equals_onnx_runtime_bit_for_bit(name, bits):
     assert float_islands(quantized) == []
     assert np.unique(wanted.round(6)).size > 10  # no network that died at few bits
     np.testing.assert_array_equal(found, wanted)
+
+
+@needs_x86
+@pytest.mark.parametrize("bits", ["w8a8", "w4a4", "random0"])
+@pytest.mark.parametrize("name", ["residual", "mobile", "concat", "flat"])
+def test_one_scale_per_weight_tensor_is_written_as_a_scalar_and_computed_bit_for_bit(name, bits):
+    case = integer_case(name, "tensor")
+    quantized = quantized_case(name, bits, "tensor")
+    model = integer_model(quantized)
+    constants = {constant.name: constant for constant in model.graph.initializer}
+    dequantized = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    assert all(not constants[node.input[1]].dims for node in dequantized)
+    assert all(weight.scale.ndim == 0 for weight in quantized.weights.values())
+    operators = optimised_operators(model.SerializeToString())
+    assert operators["QLinearConv"] + operators["QGemm"] == len(quantized.graph.layers)
+    with torch.no_grad():
+        wanted, simulated = emulate(quantized, case.images).numpy(), simulate(quantized, case.images).numpy()
+    np.testing.assert_array_equal(in_onnxruntime(quantized, case.images), wanted)
+    assert np.abs(wanted - simulated).mean() < 0.1 * np.abs(wanted).max()
+    assert model.ByteSize() < integer_model(quantized_case(name, bits)).ByteSize()
+
+
+@needs_x86
+def test_one_scale_per_tensor_lasts_through_training_files_and_seven_bits(tmp_path):
+    """What changes integers keeps what has a step of its own, and the emulator still equals ONNX Runtime."""
+    case = integer_case("residual", "tensor")
+    rounded = learned_rounding(case.quantized(4, 8), [case.images], steps=20)
+    module = LearnedSteps(rounded)
+    module(case.images).square().mean().backward()
+    with torch.no_grad():
+        for step in module.steps.values():
+            step -= 0.01 * step.grad.sign()
+    save_graph(tmp_path / "graph.onnx", case.graph)
+    save_quantized(tmp_path / "q.safetensors", module.finished())
+    loaded = load_quantized(tmp_path / "q.safetensors", tmp_path / "graph.onnx")
+    for quantized in (rounded, loaded, without_saturation(case.quantized(8, 8))):
+        assert {weight.scales for weight in quantized.weights.values()} == {"tensor"}
+        with torch.no_grad():
+            wanted = emulate(quantized, case.images).numpy()
+        np.testing.assert_array_equal(in_onnxruntime(quantized, case.images), wanted)
+    assert any(float(loaded.weights[name].scale) != float(weight.scale) for name, weight in rounded.weights.items())
 
 
 @pytest.mark.parametrize("bits", ["w8a8", "w4a4", "random0"])

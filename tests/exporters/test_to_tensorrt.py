@@ -138,6 +138,17 @@ def test_weights_are_int8_per_channel_and_biases_float(case: Case) -> None:
         assert producer[written.input[0]].op_type == "DequantizeLinear"
 
 
+def test_one_scale_per_weight_tensor_is_a_scalar_of_the_same_dialect(resnet8: Case) -> None:
+    simulator = Simulator(resnet8.graph, resnet8.simulator.calibration, "tensor")
+    quantized = simulator.quantized(resnet8.choices(4, 8))
+    model = integer_model(quantized)
+    constants = {constant.name: constant for constant in model.graph.initializer}
+    weights = [n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in constants]
+    assert len(weights) == len(quantized.weights) and not any(constants[n.input[1]].dims for n in weights)
+    assert lint(model) == []
+    assert max(node_errors(model, quantized, resnet8.images.numpy()).values()) < 1
+
+
 def test_agrees_with_the_float_network_and_the_simulator(case: Case) -> None:
     outputs = run_as_written(case.quantized(), case.images)
     with torch.no_grad():

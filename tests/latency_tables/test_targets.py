@@ -54,6 +54,10 @@ def test_unknown_key_and_missing_divisor_are_refused():
     good += 'integer_kernels=true\nprecision="int8"\nprecisions=["fp32","int8"]\nmemory_mb=1\nsources="s"\n'
     divisors = "channel_divisor={fp32=4,int8=8}\n"
     assert read_target(good + divisors, "t.toml").divisor == 8
+    assert read_target(good + divisors, "t.toml").weight_scales == "channel"
+    assert read_target(good + divisors + 'weight_scales="tensor"\n', "t.toml").weight_scales == "tensor"
+    with pytest.raises(BadFileError, match=r"t\.toml is wrong at 'weight_scales'.*'channel' or 'tensor'"):
+        read_target(good + divisors + 'weight_scales="layer"\n', "t.toml")
     with pytest.raises(BadFileError, match=r"t\.toml is wrong at 'colour'"):
         read_target(good + divisors + 'colour="red"\n', "t.toml")
     with pytest.raises(BadFileError, match="must give a channel_divisor for each"):
