@@ -9,7 +9,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from edgecompress.cost import CostModel, LatencyModel, count
 from edgecompress.data import Dataset
 from edgecompress.envs import Choice, Limit, Outcome, SearchSpace, channel_space
 from edgecompress.episodes import Batch, augmented
+from edgecompress.fidelity import PRUNED, divergence
 from edgecompress.finetune import TrainSettings, train
 from edgecompress.importance import l2_importance
 from edgecompress.prune import prune, reestimate_on
@@ -41,7 +42,11 @@ PARTS = {"search": 500, "select": 2500, "again": 2000}  # of the 5,000 held-out 
 BN_IMAGES = 300
 BATCH = 100
 EPISODES = 200
-LEADERS = 5  # a search's best, measured again on `search` and `again` together before one is its final
+LEADERS = 10  # a search's best, measured again on `search` and `again` together before one is its final
+
+
+def _top1(outputs: Tensor, labels: Tensor) -> float:
+    return float((outputs.argmax(1) == labels).float().mean())
 
 
 def code_version() -> str:
@@ -104,7 +109,8 @@ class Lab:
     @cached_property
     def key(self) -> str:
         """What an evaluation depends on beside the policy, in twelve digits."""
-        digest = hashlib.sha256(json.dumps({part: rows.tolist() for part, rows in self.rows.items()}).encode())
+        parts = {part: rows.tolist() for part, rows in self.rows.items()}
+        digest = hashlib.sha256(json.dumps([parts, asdict(PRUNED)]).encode())
         # One pruned network stands for the checkpoint, the importance and the statistics that every policy gets.
         narrow = self.pruned(tuple(max(len(self.scores[group]) // 2, 1) for group in self.groups))
         for value in narrow.state_dict().values():
@@ -148,12 +154,27 @@ class Lab:
         return model.eval()
 
     def measure(self, model: nn.Module, part: str) -> Outcome:
-        """Top-1 accuracy and cross-entropy of ``model``."""
+        """Top-1 accuracy and cross-entropy of ``model``, and the accuracy that its divergence from the checkpoint lets expect."""
         x, labels = self._inputs_once(part)
+        outputs = self._answers(model, x)
+        accuracy, loss = _top1(outputs, labels), float(nn.functional.cross_entropy(outputs, labels))
+        if part == "test":
+            return Outcome(accuracy, loss)
+        wanted = self._wanted(part)
+        lost = divergence([wanted], [outputs], PRUNED.temperature)
+        return Outcome(accuracy, loss, estimate=PRUNED.expected(_top1(wanted, labels), lost))
+
+    def _answers(self, model: nn.Module, x: Tensor) -> Tensor:
         with torch.inference_mode():
-            outputs = torch.cat([model(batch) for batch in x.split(BATCH)])
-            loss = nn.functional.cross_entropy(outputs, labels)
-        return Outcome(float((outputs.argmax(1) == labels).float().mean()), float(loss))
+            return torch.cat([model(batch) for batch in x.split(BATCH)])
+
+    def _wanted(self, part: str) -> Tensor:
+        """The checkpoint's answers."""
+        kept: dict[str, Tensor] = self.__dict__.setdefault("_said", {})
+        if part not in kept:
+            original = copy.deepcopy(self.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            kept[part] = self._answers(original.eval(), self._inputs_once(part)[0])
+        return kept[part]
 
     def _inputs_once(self, part: str) -> tuple[Tensor, Tensor]:
         kept: dict[str, tuple[Tensor, Tensor]] = self.__dict__.setdefault("_kept", {})
@@ -218,7 +239,7 @@ class Evaluations:
             outcome = self._lab.measure(self._lab.pruned(key[1]), part)
             self.computed += 1
             self._known[key] = outcome
-            self._append({"part": part, "choice": key[1], "accuracy": outcome.accuracy, "loss": outcome.loss})
+            self._append({"part": part, "choice": key[1], **asdict(outcome)})
         return self._known[key]
 
     def _catch_up(self) -> None:
@@ -236,7 +257,9 @@ class Evaluations:
                 row = json.loads(line)
             except json.JSONDecodeError:
                 continue  # cut short when a run was killed
-            self._known[row["part"], tuple(row["choice"])] = Outcome(row["accuracy"], row["loss"])
+            self._known[row["part"], tuple(row["choice"])] = Outcome(
+                row["accuracy"], row["loss"], estimate=row["estimate"]
+            )
 
     def _append(self, row: dict[str, Any]) -> None:
         if self._path is None:
@@ -275,7 +298,7 @@ def run_search(
 ) -> Cell:
     """One search with the reward of accuracy alone; several budgets are searched together.
 
-    The best five of each budget are measured again on the images of `search` and `again`; the best of them is the final,
+    The best ten of each budget are measured again on the images of `search` and `again`; the best of them is the final,
     and only that one meets `select`. A search on another part than `search` takes its own best.
     """
     built = [lab.space(budget, latency) for budget in budgets]

@@ -14,11 +14,11 @@ from cifar10 import graph_of, held_out_rows, images, network, normalised, seen_r
 from torch import Tensor
 
 from edgecompress.baselines import Tables, programs
-from edgecompress.bit_stage import expected_accuracy
 from edgecompress.cost import Kernel, count
 from edgecompress.envs import Choice, Limit, Outcome, SearchSpace, bitwidth_space
 from edgecompress.exporters.onnx_writing import Names
 from edgecompress.exporters.packing import store
+from edgecompress.fidelity import QUANTIZED, divergence
 from edgecompress.interpret import run
 from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.quantize import QuantizedGraph, Simulator, calibrate, channels_last
@@ -121,7 +121,7 @@ def outcome(
     if wanted is None:
         return Outcome(accuracy, loss)
     as_float = float((wanted.argmax(1) == labels).float().mean())
-    return Outcome(accuracy, loss, estimate=expected_accuracy(as_float, [wanted], [scores]))
+    return Outcome(accuracy, loss, estimate=QUANTIZED.expected(as_float, divergence([wanted], [scores])))
 
 
 def float_answers(simulator: Simulator, x: Tensor) -> Tensor:

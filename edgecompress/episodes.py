@@ -7,6 +7,7 @@ longer become one of the best is given up.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from edgecompress.data import Dataset, Split
 from edgecompress.envs import Outcome
+from edgecompress.fidelity import KEPT_OUTPUTS, PRUNED, divergences
 from edgecompress.prune import reestimate_on
 from edgecompress.spec import CompressionPolicy
 from edgecompress.tasks import Task
@@ -31,12 +33,22 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """What one batch said: images, right answers (of classification), summed loss, and what the task's score needs."""
+    """What one batch said: images, right answers (of classification), summed loss, what the task's score needs, and of every
+    image how far its answer lies from the original's."""
 
     images: int
     hits: int
     loss: float
     measured: object = None
+    divergences: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Original:
+    """What the uncompressed network says: its score, and the outputs of every batch."""
+
+    accuracy: float
+    outputs: list[Tensor]
 
 
 class Images:
@@ -66,6 +78,8 @@ class Episodes:
         build: policy -> the smaller network with the weights it would have, BatchNorm statistics not yet taken anew.
         split: what is measured on; at most ``images`` of it, every class alike.
         recalibrate: images of the training split that BatchNorm statistics are taken from.
+        original: the uncompressed network. Where its outputs are scores of classes, every `Outcome` has the accuracy that a
+            policy's divergence from it lets expect.
     """
 
     def __init__(
@@ -77,10 +91,12 @@ class Episodes:
         images: int = SEARCH_IMAGES,
         recalibrate: int = RECALIBRATION_IMAGES,
         seed: int = 0,
+        original: nn.Module | None = None,
     ) -> None:
         self._build, self._task = build, data.task
         self.images = Images(data, split, balanced_order(split, data, seed)[:images])
         self._statistics = list(augmented(data, recalibrate, self.images.batch_size, seed))
+        self._original = None if original is None else said_by(original, self.images, data.task)
 
     def network(self, policy: CompressionPolicy) -> nn.Module:
         """The smaller network of ``policy`` with its own BatchNorm statistics, in eval mode and channels last."""
@@ -91,23 +107,41 @@ class Episodes:
     def parts(self, policy: CompressionPolicy) -> Iterator[Part]:
         """What the batches say, one after the other; nothing is computed for those that are not asked for."""
         model = self.network(policy)
-        for x, y in self.images:
+        for batch, (x, y) in enumerate(self.images):
+            wanted = None if self._original is None else self._original.outputs[batch]
             with torch.inference_mode():
-                yield part_of(self._task, model(x), y)
+                yield part_of(self._task, model(x), y, wanted)
 
     def __call__(self, policy: CompressionPolicy) -> Outcome:
         """Accuracy and loss on all images."""
-        return outcome_of(list(self.parts(policy)), self._task)
+        return outcome_of(list(self.parts(policy)), self._task, self._original)
 
     def unless_hopeless(self, policy: CompressionPolicy, could_win: Callable[[float], bool]) -> Outcome:
         """As a call, but given up as soon as ``could_win`` denies the highest accuracy that is still likely."""
-        return judged(self.parts(policy), len(self.images), self._task, could_win)
+        return judged(self.parts(policy), len(self.images), self._task, could_win, self._original)
 
 
-def part_of(task: Task, outputs: Tensor, labels: Tensor) -> Part:
+def said_by(original: nn.Module, images: Images, task: Task) -> Original | None:
+    """None where outputs are no scores of classes, or too large to keep."""
+    if not task.class_scores:
+        return None
+    model = copy.deepcopy(original).eval()
+    measured, outputs, kept = [], list[Tensor](), 0
+    with torch.inference_mode():
+        for x, y in images:
+            outputs.append(channels_last(model)(x))
+            measured.append(task.measure(outputs[-1], y))
+            kept += outputs[-1].numel() * outputs[-1].element_size()
+            if kept > KEPT_OUTPUTS:
+                return None
+    return Original(task.merit(measured), outputs)
+
+
+def part_of(task: Task, outputs: Tensor, labels: Tensor, wanted: Tensor | None = None) -> Part:
     """One batch's answers as counts."""
     hits = int((outputs.argmax(1) == labels).sum()) if counts_hits(task) else 0
-    return Part(len(labels), hits, float(task.loss(outputs, labels, "sum")), task.measure(outputs, labels))
+    lost = None if wanted is None else divergences(wanted, outputs, PRUNED.temperature)
+    return Part(len(labels), hits, float(task.loss(outputs, labels, "sum")), task.measure(outputs, labels), lost)
 
 
 def counts_hits(task: Task) -> bool:
@@ -115,22 +149,48 @@ def counts_hits(task: Task) -> bool:
     return task.class_scores and task.outputs_rank == 2
 
 
-def outcome_of(parts: list[Part], task: Task, *, abandoned: bool = False) -> Outcome:
-    """Accuracy and mean loss over the images of ``parts``."""
+def outcome_of(parts: list[Part], task: Task, original: Original | None = None, *, abandoned: bool = False) -> Outcome:
+    """Accuracy and mean loss over the images of ``parts``, and the accuracy to expect where ``original`` is known."""
     images = sum(part.images for part in parts)
     loss = sum(part.loss for part in parts) / images
-    return Outcome(task.merit([part.measured for part in parts]), loss, abandoned=abandoned)
+    estimate = None if original is None else PRUNED.expected(original.accuracy, float(_lost(parts).mean()))
+    return Outcome(task.merit([part.measured for part in parts]), loss, abandoned=abandoned, estimate=estimate)
 
 
-def judged(parts: Iterator[Part], images: int, task: Task, could_win: Callable[[float], bool]) -> Outcome:
+def judged(
+    parts: Iterator[Part], images: int, task: Task, could_win: Callable[[float], bool], original: Original | None = None
+) -> Outcome:
     """Take ``parts`` while the highest accuracy that all ``images`` may still come to could win."""
     taken: list[Part] = []
     for part in parts:
         taken.append(part)
-        seen, hits = sum(part.images for part in taken), sum(part.hits for part in taken)
-        if seen < images and counts_hits(task) and not could_win(highest_likely(hits, seen, images)):
-            return outcome_of(taken, task, abandoned=True)
-    return outcome_of(taken, task)
+        seen = sum(part.images for part in taken)
+        if seen == images:
+            break
+        if original is not None:
+            bound = PRUNED.expected(original.accuracy, least_likely(_lost(taken), images))
+        elif counts_hits(task):
+            bound = highest_likely(sum(part.hits for part in taken), seen, images)
+        else:
+            continue
+        if not could_win(bound):
+            return outcome_of(taken, task, original, abandoned=True)
+    return outcome_of(taken, task, original)
+
+
+def _lost(parts: list[Part]) -> Tensor:
+    return torch.cat([part.divergences for part in parts if part.divergences is not None])
+
+
+def least_likely(seen: Tensor, images: int) -> float:
+    """Lower bound of the mean over all ``images`` of a value of which ``seen`` were drawn without replacement.
+
+    `CERTAINTY` standard errors below their mean, with the finite-population correction; what is never negative is not
+    believed to be.
+    """
+    count = len(seen)
+    error = float(seen.std()) * math.sqrt((images - count) / (count * max(images - 1, 1))) if count > 1 else math.inf
+    return max(float(seen.mean()) - CERTAINTY * error, float(seen.sum()) / images)
 
 
 def highest_likely(hits: int, seen: int, images: int) -> float:

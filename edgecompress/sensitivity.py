@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from edgecompress.fidelity import divergence
 from edgecompress.files import read_document, write_document
 from edgecompress.interpret import run
 from edgecompress.quantize import BITS, Simulator, channels_last, dequantize, fake_quantize
@@ -85,13 +86,3 @@ def _measured(simulator: Simulator, batches: list[Tensor], what: Sequence[What])
         if points.layer_input[layer.name] in inputs
     }
     return Sensitivities(images=sum(len(x) for x in batches), weight=weight, activation=activation)
-
-
-def divergence(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Mean KL divergence in nats of the classes (axis 1) of all images, and of all pixels where there are masks."""
-    total, count = 0.0, 0
-    for p, q in zip(wanted, found, strict=True):
-        log_p, log_q = p.log_softmax(1), q.log_softmax(1)
-        total += float((log_p.exp() * (log_p - log_q)).sum())
-        count += p.numel() // p.shape[1]
-    return max(total / count, 0.0)

@@ -182,7 +182,7 @@ def prune_stage(job: Job, cost: CostModel) -> tuple[CompressionPolicy, str]:
         job.progress.note(lacking)
     episodes = Episodes(
         pruned,
-        job.data, job.data.search_val, seed=job.config.seed,
+        job.data, job.data.search_val, seed=job.config.seed, original=job.original,
     )  # fmt: skip
 
     def build(policy: CompressionPolicy) -> nn.Module:

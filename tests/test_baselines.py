@@ -10,9 +10,9 @@ import torch
 from sample_networks import integer_case
 
 from edgecompress.baselines import integer_program, programs, uniform
-from edgecompress.bit_stage import expected_accuracy
 from edgecompress.envs import Limit, Outcome, SearchSpace
 from edgecompress.errors import BadFileError
+from edgecompress.fidelity import QUANTIZED, divergence
 from edgecompress.search import SearchSettings, search
 from edgecompress.sensitivity import sensitivities
 from edgecompress.spec import Budget, CompressionPolicy, Cost, LayerChoice
@@ -141,7 +141,7 @@ def test_rewards_and_starts_are_of_the_estimate_where_there_is_one() -> None:
 def test_estimate_falls_with_the_divergence_from_the_float_network() -> None:
     wanted = [torch.randn(40, 5, generator=torch.Generator().manual_seed(0)) * 3]
     noise = torch.randn(40, 5, generator=torch.Generator().manual_seed(1))
-    found = [expected_accuracy(0.9, wanted, [wanted[0] + share * noise]) for share in (0.0, 0.3, 1.0)]
+    found = [QUANTIZED.expected(0.9, divergence(wanted, [wanted[0] + share * noise])) for share in (0.0, 0.3, 1.0)]
     assert found[0] == pytest.approx(0.9) and 0.9 > found[1] > found[2]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,16 @@ import torch
 from sample_networks import Residual, patterns, settled
 
 from edgecompress.data import Split
-from edgecompress.episodes import Episodes, Part, balanced_order, highest_likely, judged, missing_classes
+from edgecompress.episodes import (
+    Episodes,
+    Part,
+    balanced_order,
+    highest_likely,
+    judged,
+    least_likely,
+    missing_classes,
+    said_by,
+)
 from edgecompress.finetune import accuracy_and_loss
 from edgecompress.prune import prune
 from edgecompress.spec import CompressionPolicy
@@ -87,6 +97,49 @@ def test_hopeless_policy_is_given_up_early_and_a_good_one_is_measured_whole():
     assert found.abandoned and len(asked) <= 3 and found.accuracy == pytest.approx(0.4, abs=0.1)
     whole = judged(iter(parts), 1000, CLASSIFICATION, lambda accuracy: accuracy > 0.35)
     assert not whole.abandoned and whole.accuracy == sum(part.hits for part in parts) / 1000
+
+
+def test_divergence_from_the_original_gives_the_estimate(data, monkeypatch):
+    model = settled(Residual(4), 0)
+
+    def shaken(policy: CompressionPolicy) -> torch.nn.Module:
+        torch.manual_seed(0)
+        noisy = copy.deepcopy(model)
+        with torch.no_grad():
+            for weight in noisy.parameters():
+                weight.add_(float(policy.model) * weight.std(correction=0) * torch.randn_like(weight))
+        return noisy
+
+    def of(original: torch.nn.Module | None) -> Episodes:
+        return Episodes(shaken, data, data.test, images=64, recalibrate=200, original=original)
+
+    settled_anew = of(None).network(CompressionPolicy(model="0"))  # statistics are taken anew for every policy
+    episodes = of(settled_anew)
+    found = [episodes(CompressionPolicy(model=noise)) for noise in ("0", "0.3", "2")]
+    accuracy = found[0].accuracy
+    assert accuracy == pytest.approx(found[0].estimate) and accuracy > found[1].estimate > found[2].estimate
+    assert found[2].believed == found[2].estimate != found[2].accuracy
+    assert episodes(CompressionPolicy(model="0")).estimate == found[0].estimate
+    asked = []
+    monkeypatch.setattr(
+        episodes.images,
+        "_kept",
+        [batch for x, y in episodes.images for batch in zip(x.split(16), y.split(16), strict=True)],
+    )
+    monkeypatch.setattr(episodes, "_original", said_by(settled_anew, episodes.images, data.task))
+    hopeless = episodes.unless_hopeless(CompressionPolicy(model="0"), lambda bound: bool(asked.append(bound)))
+    assert hopeless.abandoned and len(asked) == 1 and asked[0] <= 1
+
+
+def test_lower_bound_of_a_mean_holds():
+    generator = torch.Generator().manual_seed(0)
+    wrong = 0
+    for _ in range(200):
+        values = torch.rand(1000, generator=generator) ** 4  # most images lose little, a few much
+        bounds = [least_likely(values[:seen], 1000) for seen in range(100, 1001, 100)]
+        wrong += sum(bound > float(values.mean()) + 1e-6 for bound in bounds)
+        assert bounds[-1] == pytest.approx(float(values.mean()), rel=1e-4)
+    assert wrong <= 10  # of 2,000 looks
 
 
 def test_abandoned_episode_runs_no_further_batch(episodes, monkeypatch):
