@@ -93,7 +93,7 @@ def quantize_stage(
     job: Job, graph: Graph, calibration: Calibration, pruned: CompressionPolicy, latency: LatencyModel, base_bytes: int
 ) -> tuple[QuantizedGraph, CompressionPolicy, str]:
     """Choose the bits of every layer, train the steps, and return the integers with the policy and its arm."""
-    simulator = Simulator(graph, calibration)
+    simulator = Simulator(graph, calibration, job.target.weight_scales)
     found = _sensitivities(job, simulator)
     space = bits_of(job, simulator, pruned, latency, base_bytes, found)
     _note_floats(job, simulator)
