@@ -33,8 +33,8 @@ def oldest_onnxruntime(model: onnx.ModelProto) -> str:
 class Names:
     """Short unique names (``a``, ``b``, ..., ``aa``): in a small network names would outweigh the weights."""
 
-    def __init__(self, reserved: Sequence[str] = ()) -> None:
-        self._count = 0
+    def __init__(self, reserved: Sequence[str] = (), *, used: int = 0) -> None:
+        self._count = used
         self._reserved = set(reserved)
 
     def new(self) -> str:

@@ -15,6 +15,7 @@ from edgecompress.quantize import QuantizedGraph, QuantizedWeight, Simulator
 from edgecompress.spec import LayerSpec, Target
 
 CLIP_BYTES, LIMIT_BYTES = 25, 11  # a Clip node; a u8 scalar
+NAMES_PER_LAYER = 25  # in a file whose weights are unpacked; a layer at 8 bits has a third of them
 CHANNEL_BYTES = 8  # one float32 scale and one int32 or float32 bias per output channel
 
 
@@ -80,6 +81,8 @@ class FileSize:
 
     def __init__(self, simulator: Simulator, base_bytes: int, target: Target) -> None:
         self._simulator, self._target = simulator, target
+        # Names are as long as the last ones of a file of unpacking nodes: a budget that is spent to its last byte holds.
+        self._used = NAMES_PER_LAYER * len(simulator.graph.layers)
         self._layers = {layer.name: layer for layer in simulator.graph.layers}
         self._stored: dict[tuple[str, int], int] = {}
         written = (_weight_bytes(simulator.weight(layer, 8), target) for layer in self._layers.values())
@@ -96,7 +99,7 @@ class FileSize:
             weight = self._simulator.weight(node, key[1])
             alive = (self._simulator.graph.constants[node.inputs[1]] != 0) & (weight.values == 0)
             self._stored[key] = _weight_bytes(
-                replace(weight, values=weight.values + alive.astype(np.int8)), self._target
+                replace(weight, values=weight.values + alive.astype(np.int8)), self._target, self._used
             )
         return self._stored[key]
 
@@ -115,10 +118,10 @@ class FileSize:
         return CLIP_BYTES * len(clipped) + LIMIT_BYTES * 2 * len(set(clipped.values()))
 
 
-def _weight_bytes(weight: QuantizedWeight, target: Target) -> int:
+def _weight_bytes(weight: QuantizedWeight, target: Target, used: int = 0) -> int:
     if target.dialect == "trt":  # TensorRT stores low-bit convolution weights as int8
         return int(weight.values.size)
-    return store(weight.values, weight.bits, Names(), max_opset=target.max_opset).size_bytes
+    return store(weight.values, weight.bits, Names(used=used), max_opset=target.max_opset).size_bytes
 
 
 def stored_bytes(quantized: QuantizedGraph, target: Target) -> dict[str, int]:
