@@ -18,7 +18,8 @@ COLOURS = 10
 
 @dataclass(frozen=True)
 class Mark:
-    """One point. ``hollow`` marks a point that does not count, ``label`` is what a reader sees on hovering."""
+    """One point. ``hollow`` marks a point that does not count, a ``small`` one is beaten by others in everything, ``label``
+    is what a reader sees on hovering."""
 
     x: float
     y: float
@@ -26,6 +27,7 @@ class Mark:
     label: str
     hollow: bool = False
     chosen: bool = False
+    small: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def _steps(line: Sequence[tuple[float, float]], xs: Scale, ys: Scale) -> Markup:
 def _point(mark: Mark, x: float, y: float) -> Markup:
     kind = f"dot a{mark.colour % COLOURS}" + (" hollow" if mark.hollow else "")
     where = {"cx": f"{x:.2f}%", "cy": f"{y:.2f}%"}
-    point = tag("circle", tag("title", mark.label), class_=kind, r=4, **where)
+    point = tag("circle", tag("title", mark.label), class_=kind, r=2.5 if mark.small else 4.5, **where)
     if not mark.chosen:
         return point
     left, below = x > 60, y < 50

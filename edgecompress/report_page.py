@@ -14,7 +14,9 @@ from markupsafe import Markup
 
 from edgecompress import report_charts as charts
 from edgecompress import report_rows as words
+from edgecompress.pareto import pareto_set
 from edgecompress.report_checks import checks_of
+from edgecompress.report_pareto import front
 from edgecompress.report_text import TITLES, command, render_markdown, summary_table
 from edgecompress.spec import FLOAT_BITS, RunReport, Stage, Trial
 
@@ -196,6 +198,7 @@ def _stage(report: RunReport, trials: Sequence[Trial], stage: Stage, colours: Ma
             }
             for arm in arms
         ],
+        "front": front(report, drawn, stage, built, colours) if drawn else None,
         "pareto": _pareto(report, drawn, colours, built) if drawn else Markup(),
         "curve": _curve(report, drawn, colours, built) if drawn else Markup(),
     }
@@ -218,6 +221,7 @@ def _cost_axis(trials: Sequence[Trial]) -> tuple[str, charts.Axis, Callable[[Tri
 def _pareto(report: RunReport, trials: Sequence[Trial], colours: Mapping[str, int], built: Trial | None) -> Markup:
     score = report.score
     metric, axis, cost_of = _cost_axis(trials)
+    unbeaten = {trial.choice for trial in pareto_set(trials)}
     marks = [
         charts.Mark(
             x=cost_of(trial),
@@ -226,6 +230,7 @@ def _pareto(report: RunReport, trials: Sequence[Trial], colours: Mapping[str, in
             label=f"{trial.arm}, trial {trial.episode}: {score.text(trial.accuracy)} at {axis.write(cost_of(trial))}",
             hollow=not words.fits(report, trial),
             chosen=trial is built,
+            small=trial.choice not in unbeaten,
         )
         for trial in trials
     ]

@@ -69,7 +69,7 @@ def command(config: Config) -> str:
         if name not in always and value == Config.model_fields[name].default:
             continue
         if isinstance(value, bool):
-            parts.append(option)
+            parts.append(option if value else f"--no-{option.removeprefix('--')}")
         else:
             text = ",".join(value) if isinstance(value, tuple) else str(value)
             parts.append(f"{option} {shlex.quote(text)}")

@@ -441,3 +441,27 @@ def test_command_explains_a_run_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(BadFileError, match=r"report\.json"):
         CliRunner().invoke(command, [str(tmp_path)], catch_exceptions=False)
     assert "edgecompress report runs/first" in CliRunner().invoke(command, ["--help"]).output
+
+
+def test_the_pareto_set_is_a_table_with_the_built_trial_and_the_way_to_another():
+    run = report(name="my run")
+    known = trials(run)
+    small = known[1].model_copy(
+        update={"choice": (9,), "episode": 9, "accuracy": 0.1, "cost": cost(3_000_000, 30_000, 8, 500.0)}
+    )
+    page = render_html(run, [*known, small])
+    tables = re.findall(r'<table class="arms front">.*?</table>', page, re.DOTALL)
+    assert [table.count('<th scope="row">') for table in tables] == [3, 3]
+    assert all(table.count('class="built"') == 1 for table in tables)
+    assert "latency, estimated" in tables[0] and "over the budget" in tables[0] and "BOPs" not in tables[0]
+    assert "BOPs" in tables[1]
+    commands = [line for line in re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL) if "pick" in line]
+    taken = shlex.split(commands[0].replace("&#39;", "'").splitlines()[-1])
+    assert taken[:2] == ["edgecompress", "compress"] and taken[taken.index("--pick") + 1] == "runs/my run"
+    assert len(commands) == 2 and "--stage quantize" in commands[1]
+
+
+def test_the_command_turns_off_what_was_turned_off():
+    config = Config(budget="flops=0.5x", reconstruct=False, single_weights=False, two_four=True)
+    words = report_text.command(config).split()
+    assert {"--no-reconstruct", "--no-single-weights", "--two-four"} <= set(words)
