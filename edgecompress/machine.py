@@ -1,7 +1,10 @@
-"""What this machine has left: memory, counted with the limit that a container sets."""
+"""What this machine has left: memory, counted with the limit that a container sets; and giving some of it back."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 
@@ -32,3 +35,25 @@ def _text(path: str) -> str:
         return Path(path).read_text()
     except OSError:
         return ""
+
+
+def give_memory_back() -> None:
+    """Hand memory that is free inside this process back to the system, where the C library can (glibc).
+
+    Networks of many sizes that come and go leave gaps in its heap: over 100 evaluations of a search it kept 300 MB.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    if sys.platform != "linux":
+        return None
+    import ctypes
+
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):  # musl has none
+        return None

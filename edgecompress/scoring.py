@@ -13,6 +13,7 @@ from edgecompress.agents import AGENTS
 from edgecompress.envs import Choice, Evaluator, Outcome, SearchSpace
 from edgecompress.errors import UnknownNameError
 from edgecompress.files import append_line
+from edgecompress.machine import give_memory_back
 from edgecompress.reward import Reward
 from edgecompress.spec import CompressionPolicy, Cost, Stage, Trial
 
@@ -115,6 +116,7 @@ class Scorer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._settings.seed)
             outcome = self._outcome(policy, self._space.cost(policy), arm)
+        give_memory_back()
         cost = self._space.cost(policy)
         return Trial(
             stage=self._settings.stage,
