@@ -2,7 +2,7 @@
 
 One point of accuracy is three images of 300; the outputs of the same 300 say much more. So a search ranks policies by the
 accuracy that their divergence from the original lets expect. Rank correlation with the accuracy on several thousand other
-images, ResNet-20 on CIFAR-10 (docs/method.md): 40 pruned networks, 250 images: accuracy 0.69, divergence 0.86; 45 quantised
+images, ResNet-20 on CIFAR-10 (docs/method.md): 40 pruned networks, 250 images: accuracy 0.69, divergence 0.84; 45 quantised
 ones: accuracy 0.79, divergence 0.95.
 """
 
