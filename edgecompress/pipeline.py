@@ -18,7 +18,7 @@ from edgecompress.data import Dataset, Split, load_data
 from edgecompress.describe import GraphModule, graph_of, traced_of
 from edgecompress.edges import with_edges
 from edgecompress.envs import Limit
-from edgecompress.errors import UnknownNameError, UsageError
+from edgecompress.errors import BadFileError, UnknownNameError, UsageError
 from edgecompress.exporters.formats import EXPORTERS, export
 from edgecompress.exporters.interface import PLAIN, Interface
 from edgecompress.exporters.onnx_writing import metadata_of
@@ -433,12 +433,12 @@ def export_run(
     if format_name not in EXPORTERS:
         raise UnknownNameError("format", format_name, EXPORTERS)
     integers = run.file("quantized.safetensors").exists() or not run.file("graph.onnx").exists()
-    quantized = run.quantized() if integers else None
+    quantized, policy, architecture = run.quantized() if integers else None, run.policy(), run.architecture()
+    check_built(run.file("policy.json"), policy, quantized, architecture)
     if half:
         if format_name != "tensorrt":
             raise UsageError(f"Layers in FP16 are for TensorRT files; they do not go with the format '{format_name}'.")
         quantized = _in_half(quantized, half, run, config)
-    architecture = run.architecture()
     if data is None:
         data = dataset_of(config.data, config, Silent(), architecture.preprocessing)
     images, labels = next(data.batches(data.select_val, 100))
@@ -446,7 +446,7 @@ def export_run(
         graph=read_graph(run.file("graph.onnx")),
         quantized=quantized,
         network=run.network(),
-        policy=run.policy(),
+        policy=policy,
         target=target_by_name(config.target),
         preprocessing=data.preprocessing,
         classes=data.classes if data.labelled else class_names(config, architecture.classes),
@@ -457,6 +457,27 @@ def export_run(
         table=Path(config.table).name if config.table else "",
     )
     return export(source, format_name, out or run.file("exports"), check=check)
+
+
+def check_built(
+    path: Path, policy: CompressionPolicy, quantized: QuantizedGraph | None, architecture: Architecture
+) -> None:
+    """Refuse a policy that was edited after the run had built another one.
+
+    Raises:
+        BadFileError: its bits or channels are not those of the run's network.
+    """
+    weights = {} if quantized is None else quantized.weights
+    bits = {name: (choice.weight_bits, weights[name].bits) for name, choice in policy.layers.items() if name in weights}
+    kept = architecture.keep_channels
+    channels = {group: (width, kept[group]) for group, width in policy.keep_channels.items() if group in kept}
+    for kind, found in (("weight bits", bits), ("channels", channels)):
+        for name, (says, built) in found.items():
+            if says != built:
+                raise BadFileError(
+                    f"The policy {path} says {says} {kind} for '{name}', but the run built {built}: the file records what was "
+                    "chosen, and editing it builds nothing. Write the number back, or compress again (--pin-bits sets bits)."
+                )
 
 
 def _in_half(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,13 +20,13 @@ from edgecompress.files import write_document
 from edgecompress.graph import Graph, build_graph
 from edgecompress.interpret import float_constants, run
 from edgecompress.latency_tables.targets import target_by_name
-from edgecompress.pipeline import calibration_warnings, validation_warnings
+from edgecompress.pipeline import calibration_warnings, check_built, validation_warnings
 from edgecompress.posttraining import bias_corrected, equalisable, equalised, without_upper_ends
 from edgecompress.quantize import Simulator, calibrate, simulate
 from edgecompress.ranges import RANGES
 from edgecompress.rounding import learned_rounding
 from edgecompress.runs import RunFolder
-from edgecompress.spec import CompressionPolicy, LayerChoice
+from edgecompress.spec import Architecture, CompressionPolicy, LayerChoice, Preprocessing
 from edgecompress.splits import Split
 from edgecompress.trace import trace
 
@@ -202,6 +204,28 @@ def test_bits_that_nothing_builds_are_refused(bits: int) -> None:
         LayerChoice(weight_bits=bits)
     with pytest.raises(ValidationError, match="expected 2 to 8"):
         LayerChoice(activation_bits=bits)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (
+            {"layers": {"b1.0": LayerChoice(weight_bits=3)}},
+            r"says 3 weight bits for 'b1\.0', but the run built 4: .*--pin-bits",
+        ),
+        ({"keep_channels": {"stem.0": 999}}, r"says 999 channels for 'stem\.0', but the run built 8"),
+        ({"layers": {"b1.0": LayerChoice(weight_bits=4)}, "keep_channels": {"stem.0": 8}}, None),
+    ],
+)
+def test_policy_that_was_edited_after_the_run_is_refused(said, message) -> None:
+    case = integer_case("residual")
+    how = Preprocessing(size=(16, 16), mean=(0.5,) * 3, std=(0.25,) * 3)
+    architecture = Architecture(
+        model="net", classes=4, input_shape=(3, 16, 16), keep_channels={"stem.0": 8}, preprocessing=how
+    )
+    arguments = (Path("policy.json"), CompressionPolicy(model="net", **said), case.quantized(4, 8), architecture)
+    with pytest.raises(BadFileError, match=message) if message else nullcontext():
+        check_built(*arguments)
 
 
 @pytest.mark.parametrize(
