@@ -117,6 +117,7 @@ def original_network(model: str | nn.Module, config: Config, data: Dataset, prog
         UnknownNameError: no model of that name. MissingBackendError: timm is not installed.
     """
     if isinstance(model, nn.Module):
+        _check_filled(model)
         return _checked(copy.deepcopy(model).cpu().eval(), config, data, progress)
     if is_graph_file(model):
         return _checked(_fixed_graph(model, config, data, progress), config, data, progress)
@@ -214,6 +215,16 @@ def fixed_graph_options(model: str, target: Target, budget: str | None, stages: 
     return {"stages": ("quantize",), "budget": budget or GRAPH_BUDGET}
 
 
+def _check_filled(model: nn.Module) -> None:
+    """Refuse weights that were never given values; those on any device are brought to the CPU."""
+    empty = [key for key, value in model.state_dict().items() if value.is_meta]
+    if empty:
+        raise BadModelError(
+            f"The weight '{empty[0]}' of {type(model).__name__} is on the meta device and holds no numbers "
+            f"({len(empty)} such tensors). Load its checkpoint first: to_empty(device='cpu'), then load_state_dict."
+        )
+
+
 def _checked(network: nn.Module, config: Config, data: Dataset, progress: Progress) -> nn.Module:
     """``network``, if its outputs are what the task wants; a note where it answers no better than by guessing."""
     images, labels = next(data.batches(data.select_val, 1))
@@ -231,6 +242,14 @@ def _checked(network: nn.Module, config: Config, data: Dataset, progress: Progre
             f"{config.model} has {outputs.shape[1]} outputs, {data.name} has {classes} classes; the first ones count"
         )
     if data.task.outputs_rank == 2:
+        two, _ = next(data.batches(data.select_val, 2))
+        with torch.no_grad():
+            shape = tuple(network(two).shape)
+        if shape != (len(two), *outputs.shape[1:]):
+            raise BadModelError(
+                f"{config.model} gives {shape} for {len(two)} images and {tuple(outputs.shape)} for one; expected one row of "
+                "scores per image. Let the shape follow the batch: x.flatten(1) or x.shape[0] in its forward."
+            )
         if data.labelled:
             _note_guessing(network, config.model, data, progress)
         return network

@@ -522,3 +522,22 @@ def test_module_in_memory_is_copied(trained, data):
 def test_network_that_fails_on_an_image_is_one_sentence(data):
     with pytest.raises(BadModelError, match=r"fails on one image of shape \(3, 16, 16\).*Give images of the size"):
         original_network(nn.Sequential(nn.Flatten(), nn.Linear(7, 4)), config(model="<Sequential>"), data, Notes())
+
+
+class OneRow(Residual):
+    """Forgets the batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).reshape(1, -1)
+
+
+def test_a_network_whose_output_forgets_the_batch_is_refused_before_it_is_scored():
+    with pytest.raises(BadModelError, match=r"gives \(1, 8\) for 2 images.*one row of scores per image"):
+        original_network(settled(OneRow(4)), Config(budget="flops=0.5x"), patterns(), Silent())
+
+
+def test_weights_without_numbers_are_named():
+    model = settled(Residual(4))
+    model.fc = nn.Linear(16, 4, device="meta")
+    with pytest.raises(BadModelError, match=r"'fc.weight' of Residual is on the meta device.*\(2 such tensors\)"):
+        original_network(model, Config(budget="flops=0.5x"), patterns(), Silent())
