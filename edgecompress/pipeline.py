@@ -46,6 +46,7 @@ from edgecompress.spec import (
     Config,
     LayerChoice,
     Preprocessing,
+    Rounds,
     RunReport,
     Target,
     parse_budgets,
@@ -130,10 +131,10 @@ def compress(  # noqa: PLR0913 (the public call: everything beyond what, where a
         pruned, smaller, arm = _stage_one(job, latency, size)
         clock.lap("stage 1")
         graph = saved_graph(job, smaller, pruned)
-        policy, arms = pruned, {"prune": arm}
+        policy, arms, rounds = pruned, {"prune": arm}, None
         if job.integer:
             policy, arms["quantize"] = _stage_two(job, graph, pruned, latency)
-            policy, arms = _alternated(job, policy, arms, latency, size)
+            policy, arms, rounds = _alternated(job, policy, arms, latency, size)
         write_document(
             run.file("policy.json"),
             policy.model_copy(update={"provenance": {f"found_by_{k}": v for k, v in arms.items()}}),
@@ -142,7 +143,7 @@ def compress(  # noqa: PLR0913 (the public call: everything beyond what, where a
         progress.stage("Export and verify", 3)
         artifacts = [export_run(run.path, format_name, data=dataset) for format_name in formats_for(job)]
         clock.lap("export")
-        report = report_on(job, artifacts, latency, about, arms, clock.seconds)
+        report = report_on(job, artifacts, latency, about, arms, clock.seconds, rounds)
         write_report(run, report)
         return Run(run, report, data if isinstance(data, Dataset) else None)
 
@@ -356,17 +357,20 @@ def _stage_two(
     return policy, arm
 
 
+TWO_STAGES = "two stages"
+
+
 def _alternated(
     job: Job, policy: CompressionPolicy, arms: dict[str, str], latency: LatencyModel, size: PlannedSize
-) -> tuple[CompressionPolicy, dict[str, str]]:
+) -> tuple[CompressionPolicy, dict[str, str], Rounds | None]:
     """Open stage 1 again with stage 2's bits in its prices, and stage 2 behind it, ``alternate`` times; the best stays.
 
     Every round works in a folder of its own. One that does better on select-val takes the run's place.
     """
     if not job.config.alternate or "prune" not in job.config.stages:
-        return policy, arms
+        return policy, arms, None
     best = _select_val(job)
-    texts = [f"two stages {job.data.task.about.text(best[0])}"]
+    scores, exported = {TWO_STAGES: best[0]}, TWO_STAGES
     bits = policy
     for number in range(1, job.config.alternate + 1):
         folder = RunFolder(job.run.path / f"alternation-{number}")
@@ -380,13 +384,15 @@ def _alternated(
         graph = saved_graph(again, smaller, pruned)
         bits, bits_arm = _stage_two(replace(again, bits={}), graph, pruned, latency)
         found = _select_val(again)
-        texts.append(f"alternation {number} {job.data.task.about.text(found[0])}")
+        scores[folder.path.name] = found[0]
         if found > best:
+            exported = folder.path.name
             best, policy, arms = found, bits, {"prune": arm, "quantize": bits_arm}
             for name in ("graph.onnx", "quantized.safetensors", "model.safetensors", "arch.json"):
                 write_bytes(job.run.file(name), folder.file(name).read_bytes())
-    job.progress.note(f"select-val after {', '.join(texts)}: the best is exported")
-    return policy, arms
+    said = ", ".join(f"{name} {job.data.task.about.text(score)}" for name, score in scores.items())
+    job.progress.note(f"select-val after {said}: {exported} is exported")
+    return policy, arms, Rounds(scores=scores, exported=exported)
 
 
 def _select_val(job: Job) -> tuple[float, float]:

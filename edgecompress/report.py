@@ -26,7 +26,9 @@ from edgecompress.spec import (
     LayerChoice,
     LayerRow,
     Predicted,
+    Rounds,
     RunReport,
+    Trial,
 )
 from edgecompress.stages import Job
 
@@ -40,6 +42,7 @@ def report_on(
     about: str,
     arms: Mapping[str, str],
     seconds: Mapping[str, float],
+    rounds: Rounds | None = None,
 ) -> RunReport:
     """Measure every exported file, one session alive at a time, and put it all into one document."""
     folder, policy = job.run.file("exports"), job.run.policy()
@@ -99,7 +102,8 @@ def report_on(
         layers=_layers(job, policy, [layer_latencies(job.network, one, latency) for one in priced]),
         goals=_goals(job, columns[ORIGINAL], columns[deployed]),
         found_by=dict(arms),
-        evaluations=_evaluations(job),
+        evaluations=_evaluations(_trials(job.run, rounds)),
+        rounds=rounds,
         seconds=dict(seconds),
         provenance=provenance(job.config.threads),
     )
@@ -166,9 +170,15 @@ def _layers(job: Job, policy: CompressionPolicy, latencies: Sequence[Mapping[str
     return tuple(rows)
 
 
-def _evaluations(job: Job) -> dict[str, int]:
+def _trials(run: RunFolder, rounds: Rounds | None) -> list[Trial]:
+    """The trials of the round that was exported."""
+    folder = run.path if rounds is None else run.path / rounds.exported
+    return (RunFolder(folder) if folder.is_dir() else run).trials()
+
+
+def _evaluations(trials: Sequence[Trial]) -> dict[str, int]:
     counts: dict[str, int] = {}
-    for trial in job.run.trials():
+    for trial in trials:
         key = f"{trial.stage}:{trial.arm}"
         counts[key] = counts.get(key, 0) + 1
     return counts
@@ -200,4 +210,4 @@ def write_report(run: RunFolder, report: RunReport) -> None:
     from edgecompress.report_page import render_html
 
     write_document(run.file("report.json"), report)
-    write_text(run.file("report.html"), render_html(report, run.trials()))
+    write_text(run.file("report.html"), render_html(report, _trials(run, report.rounds)))

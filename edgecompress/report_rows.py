@@ -55,6 +55,14 @@ def quantity(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def rounds(report: RunReport) -> str:
+    """What the alternation came to, in a sentence; empty where there was none."""
+    if report.rounds is None:
+        return ""
+    said = ", ".join(f"{name} {report.score.text(value)}" for name, value in report.rounds.scores.items())
+    return f"On select-val: {said}; the files hold {report.rounds.exported}."
+
+
 def file_size(size_bytes: float) -> str:
     """Bytes: exact below ten million, then MB (1 MB is 1,000,000 B)."""
     return f"{size_bytes:,.0f} B" if size_bytes < 1e7 else f"{significant(size_bytes / 1e6, 4)} MB"

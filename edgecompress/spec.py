@@ -516,6 +516,16 @@ class Goal(Frozen):
     holds: bool
 
 
+class Rounds(Frozen):
+    """What ``--alternate`` came to: the score on select-val of the plain two stages and of every round behind them.
+
+    ``exported`` is the one whose network the files hold; rounds keep their trials in a folder of that name.
+    """
+
+    scores: dict[str, float]
+    exported: str
+
+
 class RunReport(Document):
     """Everything that `report.html` shows. ``*_source`` say in a sentence what the latency of the target, and what the
     prediction for the machine that made the run, stand on."""
@@ -535,5 +545,6 @@ class RunReport(Document):
     goals: tuple[Goal, ...]
     found_by: dict[str, str]
     evaluations: dict[str, int]
+    rounds: Rounds | None = None
     seconds: dict[str, float]
     provenance: dict[str, str]

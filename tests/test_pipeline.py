@@ -182,6 +182,27 @@ def test_run_killed_in_both_searches_resumes_to_the_policy_of_the_unbroken_one(t
         assert (tmp_path / "killed" / name).read_bytes() == (tiny_run / name).read_bytes(), name
 
 
+@pytest.mark.slow  # three runs of twice two stages
+def test_alternation_killed_in_its_own_round_resumes_to_the_unbroken_one(quick, tmp_path):
+    arguments = ("compress", *TINY, "--alternate", "1", "--runs", tmp_path, "--name")
+    assert call(*arguments, "unbroken").code == 0
+    assert call_and_kill(12 + 12 + 5, *arguments, "killed").returncode == -signal.SIGKILL
+    assert (tmp_path / "killed/alternation-1/trials.jsonl").exists()
+    assert not (tmp_path / "killed/policy.json").exists()
+    resumed = call(*arguments, "killed", "--resume")
+    assert resumed.code == 0, resumed.err
+    for name in ("policy.json", "alternation-1/trials.jsonl", *(f"exports/{name}" for name in EXPORTED)):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes(), name
+    report = RunFolder(tmp_path / "killed").report()
+    assert list(report.rounds.scores) == ["two stages", "alternation-1"]
+    assert report.rounds.scores[report.rounds.exported] == max(report.rounds.scores.values())
+    assert f"the files hold {report.rounds.exported}" in (tmp_path / "killed/report.html").read_text()
+    folder = tmp_path / "killed" / ("" if report.rounds.exported == "two stages" else "alternation-1")
+    assert sum(report.evaluations.values()) == len(RunFolder(folder).trials())
+    architecture, policy = RunFolder(tmp_path / "killed").architecture(), RunFolder(tmp_path / "killed").policy()
+    assert architecture.keep_channels == policy.keep_channels
+
+
 # --------------------------------------------------------------------------------------- the Python API, on its own data
 
 
