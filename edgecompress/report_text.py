@@ -54,16 +54,8 @@ def render_markdown(report: RunReport, trials: Sequence[Trial] = ()) -> str:
     found = ", ".join(
         f"{TITLES[s].lower()}: {markdown_cell(report.found_by[s])}" for s in get_args(Stage) if s in report.found_by
     )
-    lines += [
-        "",
-        f"Found by {found or 'no search'}.",
-        *([words.rounds(report)] if report.rounds else []),
-        "",
-        "~~~~sh",
-        command(config),
-        "~~~~",
-        "",
-    ]
+    lines += ["", f"Found by {found or 'no search'}. {words.rounds(report)}".rstrip(), ""]
+    lines += ["~~~~sh", command(config), "~~~~", ""]
     facts = ", ".join(f"{markdown_cell(key)} {markdown_cell(value)}" for key, value in report.provenance.items())
     return "\n".join([*lines, f"Made with {facts}.", ""])
 

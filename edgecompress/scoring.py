@@ -18,6 +18,7 @@ from edgecompress.reward import Reward
 from edgecompress.spec import CompressionPolicy, Cost, Stage, Trial
 
 OnTrial = Callable[[Trial, Trial | None], None]
+_TRIMMED_EVERY = 10  # evaluations: handing freed memory back takes as long as a small network's batch
 ALWAYS_WHOLE = frozenset({"original", "sensitivity", "uniform"})
 CONTENDERS = 5  # how many of the best are measured again: a policy that cannot become one of them may be abandoned
 
@@ -116,7 +117,8 @@ class Scorer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._settings.seed)
             outcome = self._outcome(policy, self._space.cost(policy), arm)
-        give_memory_back()
+        if len(self.trials) % _TRIMMED_EVERY == 0:
+            give_memory_back()
         cost = self._space.cost(policy)
         return Trial(
             stage=self._settings.stage,
