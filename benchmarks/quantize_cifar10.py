@@ -39,8 +39,11 @@ from edgecompress.spec import CompressionPolicy, LayerChoice
 NETWORKS = (*CHECKPOINTS, DEPTHWISE)
 EXACT_IMAGES = 1000
 # Of the fine-tuning that the trained bits and their float rival get alike: images of the 45,000, then the schedule.
-TUNED = {"resnet20": 16_000, "resnet56": 8_000}
-TUNING = TrainSettings(epochs=1, learning_rate=0.01, batch_size=64, weight_decay=0.0)
+TUNED = {"resnet20": 16_000, "resnet56": 16_000}
+TUNING = {
+    name: TrainSettings(epochs=1, learning_rate=rate, batch_size=64, weight_decay=0.0)
+    for name, rate in (("resnet20", 0.01), ("resnet56", 0.002))
+}
 
 Choices = Mapping[str, LayerChoice]
 
@@ -215,7 +218,7 @@ def tuned_float(name: str) -> float:
     """The float rival: the checkpoint after the fine-tuning that the integers get, on test."""
     from edgecompress.graph import build_graph
 
-    model = trained(network(name), f"{name}-tuned", dataset(TUNED[name]), TUNING, network(name))
+    model = trained(network(name), f"{name}-tuned", dataset(TUNED[name]), TUNING[name], network(name))
     return on_test(to_onnx.float_model(build_graph(model, (3, 32, 32), name)))
 
 
@@ -226,7 +229,7 @@ def tuned_integers(name: str, bits: list[int]) -> dict[str, Any]:
     simulator = simulator_of(name)
     choices = choices_of(name, bits)
     start = simulator.quantized(choices)
-    module = trained(LearnedSteps(start), f"{name}-integers", dataset(TUNED[name]), TUNING, network(name))
+    module = trained(LearnedSteps(start), f"{name}-integers", dataset(TUNED[name]), TUNING[name], network(name))
     finished = module.finished()  # type: ignore[operator]
     policy = CompressionPolicy(model=name, layers=dict(choices))
     x = test_images()[0][:EXACT_IMAGES]
@@ -376,8 +379,10 @@ NOTES = (
     "float network more closely on the images that were asked, and are no better on others.",
     "The ResNet-56 checkpoint has seen all training images: its accuracy on the images that are held out here is too high, "
     "and differences between policies are too small. Its test figures are not touched by that.",
-    "Fine-tuning: one epoch over 16,000 (ResNet-20) or 8,000 (ResNet-56) of the 45,000 images, crops and flips, SGD at 0.01 "
-    "under a cosine, distillation from the checkpoint; the float rival and the integers get the same.",
+    "Fine-tuning: one epoch over 16,000 of the 45,000 images, crops and flips, SGD at 0.01 (ResNet-20) or 0.002 (ResNet-56) under a "
+    "cosine, distillation from the checkpoint; the float rival and the integers get the same. Tried first on ResNet-56: 8,000 images "
+    "at 0.01, which took its integers from 88.57 to 88.05 % on test: without BatchNorm, which is folded, 56 layers do not bear "
+    "that rate. On 1,000 held-out images 0.002 halved the divergence from the float network within 25 steps.",
 )
 
 
