@@ -12,7 +12,7 @@ test: install-test
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
 test-slow: install-test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n auto --dist loadfile
 
 check: install-test
 	$(BIN)/ruff check .

@@ -184,9 +184,9 @@ def test_run_killed_in_both_searches_resumes_to_the_policy_of_the_unbroken_one(t
 
 @pytest.mark.slow  # three runs of twice two stages
 def test_alternation_killed_in_its_own_round_resumes_to_the_unbroken_one(quick, tmp_path):
-    arguments = ("compress", *TINY, "--alternate", "1", "--runs", tmp_path, "--name")
+    arguments = ("compress", *TINY, "--episodes", "8", "--alternate", "1", "--runs", tmp_path, "--name")
     assert call(*arguments, "unbroken").code == 0
-    assert call_and_kill(12 + 12 + 5, *arguments, "killed").returncode == -signal.SIGKILL
+    assert call_and_kill(8 + 8 + 3, *arguments, "killed").returncode == -signal.SIGKILL
     assert (tmp_path / "killed/alternation-1/trials.jsonl").exists()
     assert not (tmp_path / "killed/policy.json").exists()
     resumed = call(*arguments, "killed", "--resume")
