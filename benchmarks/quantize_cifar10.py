@@ -360,7 +360,7 @@ def measure(bench: Benchmark) -> None:
 
 NOTES = (
     "Every cell is measured once and kept; the seconds above are those of the last call, which only reads them. The whole takes "
-    "about four hours of one core here: 27 minutes of searches for ResNet-20, 75 for ResNet-56, 35 of fine-tuning, 18 for the "
+    "about three hours of one core here: 27 minutes of searches for ResNet-20, 75 for ResNet-56, 35 of fine-tuning, 18 for the "
     "depthwise network.",
     "Test accuracy is that of the exported file in ONNX Runtime, with exact kernels, on all 10,000 test images.",
     "Searches: {} evaluations each. ResNet-20 is asked {} held-out images, ResNet-56 {}, others for every seed. Of every arm's "
