@@ -183,6 +183,7 @@ def test_run_killed_in_both_searches_resumes_to_the_policy_of_the_unbroken_one(t
 
 
 @pytest.mark.slow  # three runs of twice two stages
+@pytest.mark.timeout(900)  # minutes where another program takes the cores
 def test_alternation_killed_in_its_own_round_resumes_to_the_unbroken_one(quick, tmp_path):
     arguments = ("compress", *TINY, "--episodes", "8", "--alternate", "1", "--runs", tmp_path, "--name")
     assert call(*arguments, "unbroken").code == 0
