@@ -156,7 +156,7 @@ class Lab:
     def measure(self, model: nn.Module, part: str) -> Outcome:
         """Top-1 accuracy and cross-entropy of ``model``, and the accuracy that its divergence from the checkpoint lets expect."""
         x, labels = self._inputs_once(part)
-        outputs = self._answers(model, x)
+        outputs = self.answers(model, x)
         accuracy, loss = _top1(outputs, labels), float(nn.functional.cross_entropy(outputs, labels))
         if part == "test":
             return Outcome(accuracy, loss)
@@ -164,7 +164,8 @@ class Lab:
         lost = divergence([wanted], [outputs], PRUNED.temperature)
         return Outcome(accuracy, loss, estimate=PRUNED.expected(_top1(wanted, labels), lost))
 
-    def _answers(self, model: nn.Module, x: Tensor) -> Tensor:
+    def answers(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Scores of ``x [N, 3, 32, 32]``: ``[N, classes]``."""
         with torch.inference_mode():
             return torch.cat([model(batch) for batch in x.split(BATCH)])
 
@@ -173,7 +174,7 @@ class Lab:
         kept: dict[str, Tensor] = self.__dict__.setdefault("_said", {})
         if part not in kept:
             original = copy.deepcopy(self.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            kept[part] = self._answers(original.eval(), self._inputs_once(part)[0])
+            kept[part] = self.answers(original.eval(), self._inputs_once(part)[0])
         return kept[part]
 
     def _inputs_once(self, part: str) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ STATIC = ("surrogate", "uniform", "greedy", "milp")
 UNIFORM = (1.0, 2 / 3, 1 / 3)  # of 2..8 bits: 8, 6 and 4
 _ROUNDS = 12
 _BLUR = 0.5  # standard deviation of a factor's logarithm
-_MOST_PROGRAMS = 10_000
 
 
 def uniform(space: SearchSpace) -> Iterator[tuple[str, Choice]]:
@@ -70,10 +69,13 @@ def integer_program(space: SearchSpace, tables: Tables) -> Choice | None:
 
 def programs(space: SearchSpace, tables: Tables, seed: int) -> Iterator[Choice]:
     """Solutions of `integer_program`: over ``tables`` themselves, then over ones in which every action's losses are
-    multiplied by a factor drawn log-normally. They lie around the first, further apart where it matters little."""
+    multiplied by a factor drawn log-normally. They lie around the first, further apart where it matters little.
+
+    Without end, the same ones again and again; only where the solver finds none does it stop.
+    """
     random = np.random.default_rng(seed)
     blur = 0.0
-    for _ in range(_MOST_PROGRAMS):
+    while True:
         factors = {action: float(np.exp(blur * random.normal())) for action in tables}
         blurred = {a: {level: loss * factors[a] for level, loss in table.items()} for a, table in tables.items()}
         choice = integer_program(space, blurred)

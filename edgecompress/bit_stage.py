@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from edgecompress.errors import UsageError
 from edgecompress.exporters.emulate import emulate
 from edgecompress.exporters.sizes import FileSize
 from edgecompress.exporters.verify import agreement
-from edgecompress.fidelity import KEPT_OUTPUTS, QUANTIZED, divergence
+from edgecompress.fidelity import QUANTIZED, Original, divergence, said_by
 from edgecompress.finetune import accuracy_and_loss, train
 from edgecompress.graph import Graph
 from edgecompress.interpret import run
@@ -32,6 +32,7 @@ from edgecompress.stages import Job, checkpoint_of, remeasured, searched, train_
 
 SENSITIVITY_IMAGES = 200
 EMULATED_IMAGES = 200
+BATCH = 256
 
 
 def bits_of(
@@ -104,9 +105,8 @@ def quantize_stage(
     wanted = _float_answers(job, simulator)
 
     def evaluate(policy: CompressionPolicy) -> Outcome:
-        return _outcome(
-            job, _briefly_trained(job, simulator, policy) if job.config.reward_steps else forward(policy), wanted
-        )
+        trained = _briefly_trained(job, simulator, policy) if job.config.reward_steps else forward(policy)
+        return _outcome(job, trained, wanted)
 
     trials = searched(job, space, evaluate, "quantize", job.config.quantize_reward, lambda: _kl_tables(found, space))
     finalists = remeasured(trials, job, lambda trial: forward(space.to_policy(trial.choice)))
@@ -124,42 +124,23 @@ def quantize_stage(
     return quantized, policy, chosen.arm
 
 
-@dataclass(frozen=True)
-class _Answers:
-    """What the float network says of search-val, in the batches that `accuracy_and_loss` takes."""
-
-    accuracy: float
-    outputs: list[Tensor]
-
-
-def _float_answers(job: Job, simulator: Simulator) -> _Answers | None:
-    """None where policies are judged by their accuracy alone: no scores of classes, or too much to keep."""
-    if not job.data.task.class_scores:
-        return None
-    constants, outputs = simulator.floats, list[Tensor]()
+def _float_answers(job: Job, simulator: Simulator) -> Original | None:
+    """What the network that stage 2 starts from says of search-val, in the batches that `_outcome` takes."""
 
     def forward(x: Tensor) -> Tensor:
-        return run(simulator.graph, channels_last(x), constants)
+        return run(simulator.graph, channels_last(x), simulator.floats)
 
-    first = next(iter(job.data.batches(job.data.search_val, 1)))[0]
-    if 4 * forward(first).numel() * len(job.data.search_val) > KEPT_OUTPUTS:
-        return None
-    accuracy, _ = accuracy_and_loss(forward, job.data, job.data.search_val, on_outputs=outputs.append)
-    return _Answers(accuracy, outputs)
+    return said_by(forward, job.data.batches(job.data.search_val, BATCH), job.data.task)
 
 
-def _outcome(job: Job, forward: Callable[[Tensor], Tensor], wanted: _Answers | None) -> Outcome:
-    """Accuracy and loss on search-val, and the accuracy that the policy's divergence from the float network lets expect.
-
-    "The float network" is the one that stage 2 starts from (`fidelity`).
-    """
-    outputs: list[Tensor] = []
-    accuracy, loss = accuracy_and_loss(
-        forward, job.data, job.data.search_val, on_outputs=None if wanted is None else outputs.append
-    )
+def _outcome(job: Job, forward: Callable[[Tensor], Tensor], wanted: Original | None) -> Outcome:
+    """Accuracy and loss on search-val, and the accuracy that the divergence from ``wanted`` lets expect."""
+    found: list[Tensor] = []
+    keep = None if wanted is None else found.append  # outputs that are too large to keep are not kept here either
+    accuracy, loss = accuracy_and_loss(forward, job.data, job.data.search_val, BATCH, on_outputs=keep)
     if wanted is None:
         return Outcome(accuracy, loss)
-    return Outcome(accuracy, loss, estimate=QUANTIZED.expected(wanted.accuracy, divergence(wanted.outputs, outputs)))
+    return Outcome(accuracy, loss, estimate=QUANTIZED.expected(wanted.accuracy, divergence(wanted.outputs, found)))
 
 
 def _calibration(job: Job) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from edgecompress.data import Dataset, Split
 from edgecompress.envs import Outcome
-from edgecompress.fidelity import KEPT_OUTPUTS, PRUNED, divergences
+from edgecompress.fidelity import PRUNED, Original, divergences, said_by
 from edgecompress.prune import reestimate_on
 from edgecompress.spec import CompressionPolicy
 from edgecompress.tasks import Task
@@ -41,14 +41,6 @@ class Part:
     loss: float
     measured: object = None
     divergences: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Original:
-    """What the uncompressed network says: its score, and the outputs of every batch."""
-
-    accuracy: float
-    outputs: list[Tensor]
 
 
 class Images:
@@ -96,7 +88,9 @@ class Episodes:
         self._build, self._task = build, data.task
         self.images = Images(data, split, balanced_order(split, data, seed)[:images])
         self._statistics = list(augmented(data, recalibrate, self.images.batch_size, seed))
-        self._original = None if original is None else said_by(original, self.images, data.task)
+        self._original = None
+        if original is not None:
+            self._original = said_by(channels_last(copy.deepcopy(original)).eval(), self.images, data.task)
 
     def network(self, policy: CompressionPolicy) -> nn.Module:
         """The smaller network of ``policy`` with its own BatchNorm statistics, in eval mode and channels last."""
@@ -119,22 +113,6 @@ class Episodes:
     def unless_hopeless(self, policy: CompressionPolicy, could_win: Callable[[float], bool]) -> Outcome:
         """As a call, but given up as soon as ``could_win`` denies the highest accuracy that is still likely."""
         return judged(self.parts(policy), len(self.images), self._task, could_win, self._original)
-
-
-def said_by(original: nn.Module, images: Images, task: Task) -> Original | None:
-    """None where outputs are no scores of classes, or too large to keep."""
-    if not task.class_scores:
-        return None
-    model = copy.deepcopy(original).eval()
-    measured, outputs, kept = [], list[Tensor](), 0
-    with torch.inference_mode():
-        for x, y in images:
-            outputs.append(channels_last(model)(x))
-            measured.append(task.measure(outputs[-1], y))
-            kept += outputs[-1].numel() * outputs[-1].element_size()
-            if kept > KEPT_OUTPUTS:
-                return None
-    return Original(task.merit(measured), outputs)
 
 
 def part_of(task: Task, outputs: Tensor, labels: Tensor, wanted: Tensor | None = None) -> Part:

@@ -8,10 +8,13 @@ ones: accuracy 0.79, divergence 0.95.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from edgecompress.tasks import Task
 
 KEPT_OUTPUTS = 256_000_000  # bytes of the original's outputs; a split with more is ranked by its score alone
 
@@ -33,6 +36,31 @@ class Yardstick:
 
 PRUNED = Yardstick(temperature=2.0, lost_per_nat=0.11)
 QUANTIZED = Yardstick(temperature=1.0, lost_per_nat=0.3)
+
+
+@dataclass(frozen=True)
+class Original:
+    """What the network that policies are compared with says: its score, and the outputs of every batch."""
+
+    accuracy: float
+    outputs: list[Tensor]
+
+
+def said_by(
+    forward: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]], task: Task
+) -> Original | None:
+    """The answers of ``forward`` to images and labels; None where they are no scores of classes, or too large to keep."""
+    if not task.class_scores:
+        return None
+    measured, outputs, kept = [], list[Tensor](), 0
+    with torch.inference_mode():
+        for x, y in batches:
+            outputs.append(forward(x))
+            measured.append(task.measure(outputs[-1], y))
+            kept += outputs[-1].numel() * outputs[-1].element_size()
+            if kept > KEPT_OUTPUTS:
+                return None
+    return Original(task.merit(measured), outputs)
 
 
 def divergences(wanted: Tensor, found: Tensor, temperature: float = 1.0) -> Tensor:

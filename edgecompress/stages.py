@@ -95,12 +95,7 @@ class Job:
         layers = {layer.name: self.bits.get(layer.name, planned) for layer in self.network.layers}
         for name, choice in policy.layers.items():
             if choice.keep_elements < 1:
-                bits = layers[name]
-                layers[name] = LayerChoice.model_construct(
-                    keep_elements=choice.keep_elements,
-                    weight_bits=bits.weight_bits,
-                    activation_bits=bits.activation_bits,
-                )
+                layers[name] = layers[name].model_copy(update={"keep_elements": choice.keep_elements})
         return policy.model_copy(update={"layers": layers})
 
     def cost_model(self, size: SizeModel | None, latency: LatencyModel | None) -> CostModel:

@@ -21,8 +21,8 @@ from edgecompress.episodes import (
     judged,
     least_likely,
     missing_classes,
-    said_by,
 )
+from edgecompress.fidelity import said_by
 from edgecompress.finetune import accuracy_and_loss
 from edgecompress.prune import prune
 from edgecompress.spec import CompressionPolicy
