@@ -74,6 +74,9 @@ def growth_row(bench: Benchmark, episodes: int = 100) -> None:
         bench.misses(bar, growth, LIMIT_MB, "MB", f"the search ran dry after {len(second)}")
     else:
         bench.at_most(bar, growth, LIMIT_MB, "MB")
+    bench.details["Growth of the first search of a process, MB (libraries and their caches)"] = round(
+        found["first search"][-1] - found["first search"][0], 1
+    )
     bench.details["Resident MB after every tenth episode"] = {
         name: [round(value, 1) for value in held[::10]] for name, held in found.items()
     }

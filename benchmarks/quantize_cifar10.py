@@ -370,9 +370,8 @@ NOTES = (
         *(EFFORT[name].images for name in CHECKPOINTS),
         *(EFFORT[name].compared for name in CHECKPOINTS),
     ),
-    "Every arm ranks policies by their divergence from the float network's answers, as the product does: over 45 policies of "
-    "ResNet-20 the divergence on 250 images ordered the better half by accuracy on 3,250 others with a rank correlation of "
-    "0.77, the accuracy on the same 250 images with 0.32, the cross-entropy with 0.43.",
+    "Every arm ranks policies by their divergence from the float network's answers, as the product does: from few images it orders "
+    "policies better than accuracy or cross-entropy do (benchmarks/ranking_signals.py).",
     "The searched bits and integer programming pay for their table of divergences per layer and bit-width (32 images) with "
     "evaluations; greedy measures its sensitivities with evaluations, at several bit-widths.",
     "Tried before, on 2,000 held-out images, ResNet-20, two seeds of 66 evaluations of 400 images: ranking by counted accuracy gave "

@@ -13,9 +13,10 @@ from edgecompress.baselines import integer_program, programs, uniform
 from edgecompress.envs import Limit, Outcome, SearchSpace
 from edgecompress.errors import BadFileError
 from edgecompress.fidelity import QUANTIZED, divergence
-from edgecompress.search import SearchSettings, search
+from edgecompress.search import Scorer, SearchSettings, search
 from edgecompress.sensitivity import sensitivities
 from edgecompress.spec import Budget, CompressionPolicy, Cost, LayerChoice
+from edgecompress.starts import sensitivities_of
 
 BITS = (2, 4, 8)
 MACS = np.array([40, 10, 25])
@@ -129,13 +130,18 @@ def test_rewards_and_starts_are_of_the_estimate_where_there_is_one() -> None:
         loss = sum(1 / choice.weight_bits for choice in policy.layers.values())
         return Outcome(accuracy=1 - np.exp(-loss), loss=-loss, estimate=float(np.exp(-loss)))  # labels say the opposite
 
+    def reward(accuracy: float, cost: Cost, original: Cost) -> float:
+        return accuracy
+
     settings = SearchSettings(stage="quantize", agent="ddpg", episodes=40)
     space = bit_space(size=450)
-    trials = search(space, evaluate, lambda accuracy, cost, original: accuracy, ORIGINAL, settings)
+    trials = search(space, evaluate, reward, ORIGINAL, settings)
     assert all(trial.reward == trial.estimate == trial.believed != trial.accuracy for trial in trials)
     allowed = [choice for choice in product(BITS, (8,), BITS, (8,), BITS, (8,)) if space.fits(choice)]
     least = min(sum(1 / bits for bits in choice[::2]) for choice in allowed)
     assert max(trial.reward for trial in trials) == pytest.approx(np.exp(-least))
+    deltas = sensitivities_of(space, Scorer(space, evaluate, reward, ORIGINAL, settings), settings)
+    assert deltas and all(rise[0] > 0 and drop[0] > 0 for _, rise, drop in deltas.values())
 
 
 def test_estimate_falls_with_the_divergence_from_the_float_network() -> None:
