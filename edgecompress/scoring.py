@@ -13,12 +13,13 @@ from edgecompress.agents import AGENTS
 from edgecompress.envs import Choice, Evaluator, Outcome, SearchSpace
 from edgecompress.errors import UnknownNameError
 from edgecompress.files import append_line
-from edgecompress.machine import give_memory_back
+from edgecompress.machine import give_memory_back, resident_bytes
 from edgecompress.reward import Reward
 from edgecompress.spec import CompressionPolicy, Cost, Stage, Trial
 
 OnTrial = Callable[[Trial, Trial | None], None]
-_TRIMMED_EVERY = 10  # evaluations: handing freed memory back takes as long as a small network's batch
+# Growth from which freed memory is handed back: that takes as long as a small network's batch, so not after every evaluation.
+SLACK_BYTES = 25_000_000
 ALWAYS_WHOLE = frozenset({"original", "sensitivity", "uniform"})
 CONTENDERS = 5  # how many of the best are measured again: a policy that cannot become one of them may be abandoned
 
@@ -83,6 +84,7 @@ class Scorer:
         self._known = {trial.choice: trial for trial in known if trial.stage == settings.stage}
         self.trials: dict[Choice, Trial] = {}
         self.idle = 0
+        self._held = resident_bytes()
 
     @property
     def left(self) -> int:
@@ -117,8 +119,9 @@ class Scorer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._settings.seed)
             outcome = self._outcome(policy, self._space.cost(policy), arm)
-        if len(self.trials) % _TRIMMED_EVERY == 0:
+        if resident_bytes() > self._held + SLACK_BYTES:
             give_memory_back()
+            self._held = resident_bytes()
         cost = self._space.cost(policy)
         return Trial(
             stage=self._settings.stage,
