@@ -117,6 +117,10 @@ from edgecompress.cli.flags import switch
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides everything that is random.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads for training and search.  [default: all]")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+    help="What trains, and measures stage 1: auto takes a GPU (CUDA) where there is one.",
+)  # fmt: skip
 @click.option("--table", type=click.Path(), help="Latency table to use.  [default: the cache, then an estimate]")
 @switch("require-measured", help="Refuse to estimate latency.")
 @switch("allow-mismatch", help="Take --table although it was measured in another setting.")

@@ -210,7 +210,7 @@ def _better(job: Job, what: str, before: QuantizedGraph, after: QuantizedGraph) 
 def _learned_steps(job: Job, quantized: QuantizedGraph) -> QuantizedGraph:
     """Quantisation-aware training; kept only where it does not lose on select-val."""
     module = LearnedSteps(quantized)
-    before = accuracy_and_loss(module, job.data, job.data.select_val)
+    before = job.measure(module, job.data.select_val)
     job.progress.stage("Quantisation-aware training", job.config.qat_epochs)
     settings = replace(train_settings(job, job.config.qat_epochs, 0.2), weight_decay=0.0)
     train(
@@ -221,7 +221,7 @@ def _learned_steps(job: Job, quantized: QuantizedGraph) -> QuantizedGraph:
         checkpoint=checkpoint_of(job, "qat"),
         on_epoch=job.progress.epoch,
     )
-    after = accuracy_and_loss(module, job.data, job.data.select_val)
+    after = job.measure(module, job.data.select_val)
     if (after[0], -after[1]) < (before[0], -before[1]):
         lost = " to ".join(job.data.task.about.text(value) for value, _ in (before, after))
         job.progress.note(f"training the steps lost ({lost} on select-val); the calibrated steps stay")

@@ -11,11 +11,13 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from edgecompress.data import Dataset, Split
+from edgecompress.devices import device_by_name
 from edgecompress.envs import Outcome
 from edgecompress.fidelity import PRUNED, Original, divergences, said_by
 from edgecompress.prune import reestimate_on
@@ -70,6 +72,7 @@ class Episodes:
         build: policy -> the smaller network with the weights it would have, BatchNorm statistics not yet taken anew.
         split: what is measured on; at most ``images`` of it, every class alike.
         recalibrate: images of the training split that BatchNorm statistics are taken from.
+        device: where the passes run (`devices.device_by_name`).
         original: the uncompressed network. Where its outputs are scores of classes, every `Outcome` has the accuracy that a
             policy's divergence from it lets expect.
     """
@@ -84,17 +87,22 @@ class Episodes:
         recalibrate: int = RECALIBRATION_IMAGES,
         seed: int = 0,
         original: nn.Module | None = None,
+        device: str = "cpu",
     ) -> None:
         self._build, self._task = build, data.task
+        self._device = device_by_name(device)
         self.images = Images(data, split, balanced_order(split, data, seed)[:images])
-        self._statistics = list(augmented(data, recalibrate, self.images.batch_size, seed))
+        self._statistics = [
+            (x.to(self._device), y) for x, y in augmented(data, recalibrate, self.images.batch_size, seed)
+        ]
         self._original = None
         if original is not None:
-            self._original = said_by(channels_last(copy.deepcopy(original)).eval(), self.images, data.task)
+            model = channels_last(copy.deepcopy(original)).to(self._device).eval()
+            self._original = said_by(partial(self._answers, model), self.images, data.task)
 
     def network(self, policy: CompressionPolicy) -> nn.Module:
-        """The smaller network of ``policy`` with its own BatchNorm statistics, in eval mode and channels last."""
-        model = channels_last(self._build(policy))
+        """The smaller network of ``policy`` with its own BatchNorm statistics, in eval mode, channels last and on the device."""
+        model = channels_last(self._build(policy)).to(self._device)
         reestimate_on(model, self._statistics)
         return model.eval()
 
@@ -104,7 +112,11 @@ class Episodes:
         for batch, (x, y) in enumerate(self.images):
             wanted = None if self._original is None else self._original.outputs[batch]
             with torch.inference_mode():
-                yield part_of(self._task, model(x), y, wanted)
+                yield part_of(self._task, self._answers(model, x), y, wanted)
+
+    def _answers(self, model: nn.Module, x: Tensor) -> Tensor:
+        outputs: Tensor = model(x.to(self._device)).cpu()
+        return outputs
 
     def __call__(self, policy: CompressionPolicy) -> Outcome:
         """Accuracy and loss on all images."""

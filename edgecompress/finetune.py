@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from edgecompress.checkpoints import load_tensors
 from edgecompress.data import Dataset, Split
+from edgecompress.devices import device_by_name, lying_on
 from edgecompress.errors import EdgeCompressError
 from edgecompress.files import cache_folder, written_whole
 from edgecompress.models import build_model
@@ -32,6 +33,7 @@ class TrainSettings:
     distill: weight of the teacher's outputs (`Task.distill`) against the labels.
     ema: the result is an exponential moving average of the weights and statistics after each step with this decay, lower
         during the first steps; 0: the last ones. Under a schedule that falls to zero the two are close.
+    device: where the passes run, see `devices.device_by_name`; the network lies where it lay before once it is trained.
     precision: of the passes through the network: ``fp32``, ``bf16`` or ``fp16`` where autocast deems that safe (weights,
         losses and the rounding of `LearnedSteps` stay float32), or ``auto``: see `training_state.precision_on`.
     """
@@ -43,6 +45,7 @@ class TrainSettings:
     distill: float = 0.7
     seed: int = 0
     ema: float = 0.0
+    device: str = "auto"
     precision: str = "auto"
 
 
@@ -57,7 +60,7 @@ def train(
     checkpoint: Path | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> nn.Module:
-    """Train ``model`` in place, on the device where its weights are, and return it in eval mode.
+    """Train ``model`` in place and return it in eval mode.
 
     Args:
         teacher: the original network; its outputs are distilled.
@@ -70,8 +73,25 @@ def train(
     Raises:
         EdgeCompressError: the loss or its gradients are no longer finite; the model keeps its last good state. Gradients that
             overflow in float16 alone are no error: their step is left out, and their scale halved.
-        UnknownNameError: no such precision.
+        UnknownNameError: no such precision or device. UsageError: no such device here.
     """
+    device = device_by_name(settings.device)
+    with lying_on(device, model, teacher):
+        return _trained(model, data, settings, device, teacher, penalty, noise, checkpoint, on_epoch)
+
+
+def _trained(  # noqa: PLR0913 (what `train` was called with)
+    model: nn.Module,
+    data: Dataset,
+    settings: TrainSettings,
+    device: torch.device,
+    teacher: nn.Module | None,
+    penalty: Callable[[float], Tensor] | None,
+    noise: Sequence[nn.Parameter],
+    checkpoint: Path | None,
+    on_epoch: OnEpoch | None,
+) -> nn.Module:
+    """`train`, everything on ``device``."""
     own_way = {id(parameter) for parameter in noise}
     trained = [
         parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in own_way
@@ -82,10 +102,10 @@ def train(
     steps = math.ceil(len(data.train) / settings.batch_size)
     adam = torch.optim.Adam(noise, lr=10 / (steps * settings.epochs)) if noise else None
     average = Average(model, settings.ema)
-    device = next(model.parameters()).device
     precision = precision_on(device, settings.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    state = TrainingState(model, optimizer, average, scaler, {**settings.__dict__, "precision": precision})
+    decide = {key: value for key, value in settings.__dict__.items() if key != "device"}
+    state = TrainingState(model, optimizer, average, scaler, {**decide, "precision": precision})
     done = state.restore(checkpoint)
     if teacher is not None:
         teacher.eval()
@@ -170,17 +190,20 @@ def accuracy_and_loss(
     split: Split,
     batch_size: int = 256,
     on_outputs: Callable[[Tensor], None] | None = None,
+    device: str = "cpu",
 ) -> tuple[float, float]:
     """The task's score, turned so that more is better, and its mean loss of ``forward`` on ``split``.
 
-    Of classification: top-1 accuracy in [0, 1] and cross-entropy in nats. ``on_outputs`` is shown those of every batch.
+    Of classification: top-1 accuracy in [0, 1] and cross-entropy in nats. ``on_outputs`` is shown those of every batch. A
+    module runs on ``device`` (`devices.device_by_name`), any other function on the CPU.
     """
     measured = []
     loss = 0.0
-    device = next((p.device for p in forward.parameters()), None) if isinstance(forward, nn.Module) else None
-    with torch.no_grad():
+    module = forward if isinstance(forward, nn.Module) else None
+    place = device_by_name("cpu" if module is None else device)
+    with torch.no_grad(), lying_on(place, module):
         for x, y in data.batches(split, batch_size):
-            outputs = forward(x if device is None else x.to(device)).cpu()
+            outputs = forward(x.to(place)).cpu()
             measured.append(data.task.measure(outputs, y))
             if on_outputs is not None:
                 on_outputs(outputs)
@@ -197,6 +220,7 @@ def reference_model(
     on_epoch: OnEpoch | None = None,
     start: nn.Module | None = None,
     learning_rate: float | None = None,
+    device: str = "auto",
 ) -> nn.Module:
     """The trained network that compression starts from, trained on first use and kept in the cache folder.
 
@@ -213,7 +237,7 @@ def reference_model(
         load_tensors(model, load_file(path))
         return model.eval()
     rate = learning_rate or (0.1 if data.name != "digits" else 0.05)
-    settings = TrainSettings(epochs=epochs, learning_rate=rate, distill=0.0, seed=seed)
+    settings = TrainSettings(epochs=epochs, learning_rate=rate, distill=0.0, seed=seed, device=device)
     partial = path.with_suffix(".partial.safetensors")
     train(model, data, settings, checkpoint=partial, on_epoch=on_epoch)
     with written_whole(path) as temporary:

@@ -10,6 +10,7 @@ from torch import nn
 
 from edgecompress.agents import AGENTS
 from edgecompress.data import Dataset
+from edgecompress.devices import device_by_name
 from edgecompress.errors import UnknownNameError, UsageError
 from edgecompress.importance import IMPORTANCE
 from edgecompress.models import is_graph_file
@@ -29,7 +30,8 @@ def resolve(
     """The whole configuration of a run.
 
     Raises:
-        UsageError: an option is out of range. UnknownNameError: an option, or the name it gives, is not known.
+        UsageError: an option is out of range, or torch finds no such device. UnknownNameError: an option, or the name it gives,
+            is not known.
     """
     for key in options.keys() - Config.model_fields.keys():
         raise UnknownNameError("option", key, Config.model_fields)
@@ -60,6 +62,7 @@ def resolve(
     ):
         if name not in known and not (kind == "reward" and ":" in name):
             raise UnknownNameError(kind, name, known)
+    device_by_name(config.device)
     if config.two_four and not target.sparse_kernels:
         raise UsageError(
             f"{target.name} has no sparse kernels that a 2:4 pattern would make faster; expected TensorRT on an Ampere GPU or "

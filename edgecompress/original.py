@@ -123,22 +123,22 @@ def original_network(model: str | nn.Module, config: Config, data: Dataset, prog
         return _checked(_fixed_graph(model, config, data, progress), config, data, progress)
     weights = config.weights or ""
     if weights.lower() == "none":
-        return _trained(model, data, progress)
+        return _trained(model, data, progress, config.device)
     if source_of(model) == "factory" and weights.lower() in ("", "default"):
         return _of_factory(model, config, data, progress)
     if not weights:
-        return _trained(model, data, progress)
+        return _trained(model, data, progress, config.device)
     return _loaded(model, config, data, progress)
 
 
-def _trained(name: str, data: Dataset, progress: Progress) -> nn.Module:
+def _trained(name: str, data: Dataset, progress: Progress, device: str) -> nn.Module:
     if not data.labelled:
         raise BadModelError(
             f"{name} has no weights, and {data.name} has no labels to train it on. Give --weights DEFAULT or a file."
         )
     epochs = REFERENCE_EPOCHS.get(data.name, 60)
     progress.stage(f"Reference network {name} on {data.name}", epochs)
-    return reference_model(name, data, epochs=epochs, on_epoch=progress.epoch)
+    return reference_model(name, data, epochs=epochs, on_epoch=progress.epoch, device=device)
 
 
 def _of_factory(name: str, config: Config, data: Dataset, progress: Progress) -> nn.Module:
@@ -149,7 +149,7 @@ def _of_factory(name: str, config: Config, data: Dataset, progress: Progress) ->
         f"{name} returns fresh weights (they change with the random seed), so the reference is trained on {data.name}; "
         "give --weights FILE, or load them in the factory, to start from your own"
     )
-    return _trained(name, data, progress)
+    return _trained(name, data, progress, config.device)
 
 
 def _loaded(name: str, config: Config, data: Dataset, progress: Progress) -> nn.Module:
@@ -173,7 +173,7 @@ def _loaded(name: str, config: Config, data: Dataset, progress: Progress) -> nn.
     progress.stage(f"Fine-tune {name} on {data.name}", epochs)
     return reference_model(
         name, data, epochs=epochs, seed=config.seed, on_epoch=progress.epoch, start=network,
-        learning_rate=config.learning_rate,
+        learning_rate=config.learning_rate, device=config.device,
     )  # fmt: skip
 
 
@@ -251,7 +251,7 @@ def _checked(network: nn.Module, config: Config, data: Dataset, progress: Progre
                 "scores per image. Let the shape follow the batch: x.flatten(1) or x.shape[0] in its forward."
             )
         if data.labelled:
-            _note_guessing(network, config.model, data, progress)
+            _note_guessing(network, config, data, progress)
         return network
     try:
         data.task.merit([data.task.measure(outputs, labels)])
@@ -286,11 +286,11 @@ def _check_outputs(outputs: object, name: str, data: Dataset) -> None:
     )
 
 
-def _note_guessing(network: nn.Module, name: str, data: Dataset, progress: Progress) -> None:
+def _note_guessing(network: nn.Module, config: Config, data: Dataset, progress: Progress) -> None:
     share = float(data.select_val.labels.bincount().max()) / len(data.select_val)
-    accuracy, _ = accuracy_and_loss(network, data, data.select_val)
+    accuracy, _ = accuracy_and_loss(network, data, data.select_val, device=config.device)
     if accuracy <= share < 1:
         progress.note(
-            f"{name} answers {accuracy:.1%} of the select-val images right, no better than guessing ({share:.1%}): check its "
+            f"{config.model} answers {accuracy:.1%} of the select-val images right, no better than guessing ({share:.1%}): check its "
             "weights, the order of the classes and the preprocessing"
         )

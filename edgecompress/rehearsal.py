@@ -245,7 +245,9 @@ def one_training(
         return penalty(progress) if penalty is not None else torch.zeros(())
 
     # The rate is next to nothing: weights that are not trained yet must not run away while they are timed.
-    settings = TrainSettings(epochs=1, learning_rate=1e-9, batch_size=size, seed=job.config.seed)
+    settings = TrainSettings(
+        epochs=1, learning_rate=1e-9, batch_size=size, seed=job.config.seed, device=job.config.device
+    )  # fmt: skip
     train(model, few, settings, teacher=teacher, penalty=at_loss)
     step_s = times[-1] - times[-2]
     return PlannedTraining(part=part, title=title, epochs=epochs, steps=math.ceil(images / size), step_s=step_s)

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from edgecompress.cost import LatencyModel, average_weight_bits, channels, count, layer_macs
+from edgecompress.devices import device_by_name, device_title
 from edgecompress.evaluation import scored
 from edgecompress.exporters.artifacts import open_artifact
 from edgecompress.exporters.runners import measure_latency_us
@@ -105,7 +106,7 @@ def report_on(
         evaluations=_evaluations(_trials(job.run, rounds)),
         rounds=rounds,
         seconds=dict(seconds),
-        provenance=provenance(job.config.threads),
+        provenance=provenance(job.config.threads) | {"trained on": device_title(device_by_name(job.config.device))},
     )
 
 

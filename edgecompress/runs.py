@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ORIGINAL = "original.onnx"  # in exports/
 ORIGINAL_INT8 = "original.int8.onnx"
-MEMORY = ("batch_size", "threads")  # what a resumed run may change: memory may have run out
+MEMORY = ("batch_size", "threads", "device")  # what a resumed run may change: memory may have run out
 
 
 @dataclass(frozen=True)

@@ -408,6 +408,7 @@ class Config(Document):
     require_measured: bool = False
     allow_mismatch: bool = False
     threads: int = Field(default=2, ge=1)
+    device: str = "auto"
 
 
 class Architecture(Document):

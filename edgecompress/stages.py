@@ -98,6 +98,10 @@ class Job:
                 layers[name] = layers[name].model_copy(update={"keep_elements": choice.keep_elements})
         return policy.model_copy(update={"layers": layers})
 
+    def measure(self, network: nn.Module, split: Split) -> tuple[float, float]:
+        """Score and mean loss of a torch network, on the device that the run trains on."""
+        return accuracy_and_loss(network, self.data, split, device=self.config.device)
+
     def cost_model(self, size: SizeModel | None, latency: LatencyModel | None) -> CostModel:
         """A cost model; a policy without bits yet is priced at `planned_bits`."""
         return lambda policy: count(self.network, self.planned(policy), latency, size)
@@ -177,11 +181,11 @@ def prune_stage(job: Job, cost: CostModel) -> tuple[CompressionPolicy, str]:
         job.progress.note(lacking)
     episodes = Episodes(
         pruned,
-        job.data, job.data.search_val, seed=job.config.seed, original=job.original,
+        job.data, job.data.search_val, seed=job.config.seed, original=job.original, device=job.config.device,
     )  # fmt: skip
 
     def build(policy: CompressionPolicy) -> nn.Module:
-        return episodes.network(policy).to(memory_format=torch.contiguous_format)
+        return episodes.network(policy).to("cpu").to(memory_format=torch.contiguous_format)
 
     trials = searched(job, space, episodes, "prune", job.config.prune_reward)
     finalists = remeasured(trials, job, lambda trial: build(space.to_policy(trial.choice)))[:3]
@@ -239,7 +243,7 @@ def _short_finetune(job: Job, model: nn.Module) -> tuple[float, float]:
     settings = train_settings(job, SHORT_EPOCHS)
     _hold_zeros(model)
     train(model, job.data, settings, teacher=job.original, on_epoch=job.progress.epoch)
-    return accuracy_and_loss(model, job.data, job.data.select_val)
+    return job.measure(model, job.data.select_val)
 
 
 def train_settings(job: Job, epochs: int, rate: float = 1.0) -> TrainSettings:
@@ -249,6 +253,7 @@ def train_settings(job: Job, epochs: int, rate: float = 1.0) -> TrainSettings:
         batch_size=job.config.batch_size,
         distill=TrainSettings.distill if job.data.labelled else 1.0,
         seed=job.config.seed,
+        device=job.config.device,
     )
 
 
@@ -257,7 +262,7 @@ def _tightened(
 ) -> CompressionPolicy:
     """The cheapest policy found that keeps the accuracy drop: shrink every limit by 15 % while a short fine-tune holds it."""
     assert job.config.max_accuracy_drop is not None
-    wanted = accuracy_and_loss(job.original, job.data, job.data.select_val)[0] - job.config.max_accuracy_drop / 100
+    wanted = job.measure(job.original, job.data.select_val)[0] - job.config.max_accuracy_drop / 100
     policy = space.to_policy(chosen.choice)
     for step in range(1, 12):
         limits = tuple(replace(limit, value=limit.value * 0.85**step) for limit in space.limits)
@@ -322,10 +327,10 @@ def _without_noisy_weights(
     keep = {name: noise.suggested_keep(name) if learned else 1.0 for name in noise.log_alpha} | dict(chosen)
     pattern = _two_four_layers(job, model) if job.config.two_four else ()
     chosen_only = prune_elements(model, noise, chosen, pattern)
-    before = accuracy_and_loss(chosen_only, job.data, job.data.select_val)[0]
+    before = job.measure(chosen_only, job.data.select_val)[0]
     sparse = prune_elements(model, noise, keep, pattern)
     for _ in range(3 if learned else 0):
-        if accuracy_and_loss(sparse, job.data, job.data.select_val)[0] >= before - 0.01:
+        if job.measure(sparse, job.data.select_val)[0] >= before - 0.01:
             break
         keep = {name: chosen.get(name, (1 + fraction) / 2) for name, fraction in keep.items()}
         sparse = prune_elements(model, noise, keep, pattern)
@@ -354,7 +359,11 @@ def _hold_zeros(model: nn.Module) -> None:
     """Weights that are zero get no gradient; weight decay and momentum leave a zero at zero."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear) and not bool((mask := module.weight != 0).all()):
-            module.weight.register_hook(partial(torch.mul, mask.float()))  # type: ignore[no-untyped-call]
+            module.weight.register_hook(partial(_masked, mask))  # type: ignore[no-untyped-call]
+
+
+def _masked(mask: Tensor, gradient: Tensor) -> Tensor:
+    return gradient * mask.to(gradient)
 
 
 def _released(model: nn.Module) -> nn.Module:
