@@ -56,13 +56,17 @@ class Cells:
                 print(f"     {name}: what it needs is not there yet", flush=True)
                 return None
             cell = computed | {"seconds": round(time.monotonic() - start, 1)}
-            path = self.folder / "cells" / f"{name}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with written_whole(path) as temporary:
-                temporary.write_text(json.dumps({"name": name} | cell) + "\n")
+            self.replace(name, cell)
             print(f"     {name}: {json.dumps(cell)}", flush=True)
         self.publish()
         return cell
+
+    def replace(self, name: str, cell: Cell) -> None:
+        """Put another cell in the place of a finished one; several at once are published together by the caller."""
+        path = self.folder / "cells" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps({"name": name} | cell) + "\n")
 
     def forget(self, pattern: str) -> list[str]:
         """Drop the cells whose names match, so that they are computed anew."""

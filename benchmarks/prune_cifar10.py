@@ -147,7 +147,7 @@ def _measured_us(lab: Lab, choices: list[Choice], rounds: int = 7) -> list[float
         graph = build_graph(lab.pruned(choice).to(memory_format=torch.contiguous_format), (3, 32, 32), lab.name)
         runners.append(OnnxRuntimeRunner(to_onnx.float_model(graph).SerializeToString()))
     x = lab.inputs("search")[0][:1].numpy()
-    turns = [[measure_latency_us(runner, x).median_us for runner in runners] for _ in range(rounds)]
+    turns = [[measure_latency_us(runner, x)["median_us"] for runner in runners] for _ in range(rounds)]
     return [round(sorted(column)[rounds // 2], 1) for column in zip(*turns, strict=True)]
 
 
