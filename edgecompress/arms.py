@@ -62,8 +62,14 @@ def off_policy(space: SearchSpace, scorer: Scorer, settings: SearchSettings) -> 
 
 
 def published_amc(space: SearchSpace, scorer: Scorer, settings: SearchSettings) -> None:
-    """AMC as published, from scratch: sequential wall, 50 random episodes, no floor under the noise (He et al. 2018)."""
-    env = PolicyEnv(space, lambda choice: scorer(choice, "amc").reward, wall=True)
+    """AMC as published, from scratch: sequential wall, 50 random episodes, no floor under the noise, and the reward of the
+    accuracy itself (He et al. 2018), not of the one that the divergence from the original lets expect."""
+
+    def reward(choice: Choice) -> float:
+        trial = scorer(choice, "amc")
+        return scorer.reward(trial.accuracy, trial.cost)
+
+    env = PolicyEnv(space, reward, wall=True)
     agent = make_agent("amc", env, settings.seed)
     while scorer.idle < IDLE_PUBLISHED:
         agent.propose(env)

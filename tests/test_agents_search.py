@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -167,6 +167,18 @@ def test_same_seed_gives_the_same_trials(agent, unbroken):
     assert searched(agent=agent, episodes=28) == first
     if agent != "surrogate":
         assert [t.choice for t in searched(agent=agent, episodes=28, seed=1)] != [t.choice for t in first]
+
+
+@pytest.mark.parametrize(("agent", "same"), [("amc", True), ("ddpg", False)])
+def test_amc_as_published_learns_from_the_accuracy_and_our_agents_from_the_estimate(agent, same):
+    plain, landscape = searched(agent=agent, episodes=70), Landscape()
+
+    def misled(policy: CompressionPolicy) -> Outcome:
+        outcome = landscape(policy)
+        return replace(outcome, estimate=1 - outcome.accuracy)
+
+    found = searched(misled, agent=agent, episodes=70)
+    assert ([t.choice for t in found] == [t.choice for t in plain]) == same
 
 
 def test_the_callers_random_state_does_not_decide(unbroken):
