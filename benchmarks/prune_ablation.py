@@ -12,8 +12,8 @@ from cells import Cell
 from prune_lab import Lab
 from torch import Tensor, nn
 
-from edgecompress.envs import Choice
 from edgecompress.finetune import TrainSettings, train
+from edgecompress.spaces import Choice
 from edgecompress.variational import (
     WeightNoise,
     kl_penalty,

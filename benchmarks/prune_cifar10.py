@@ -20,8 +20,8 @@ from prune_ablation import without_single_weights
 from prune_lab import BN_IMAGES, EPISODES, FOLDER, LEADERS, PARTS, Lab, fine_tuned, latency_from_table, run_search
 from prune_rows import BUDGETS, CONDITIONED, FIXED, METHODS, SEEDS, rows
 
-from edgecompress.envs import Choice
 from edgecompress.finetune import TrainSettings
+from edgecompress.spaces import Choice
 
 KINDS = ("search", "finetune", "conditioned", "reference_loop", "aware", "cost", "resnet56", "dropout")
 TUNING, TUNING_IMAGES = TrainSettings(epochs=3, learning_rate=0.02, batch_size=128), 10_000

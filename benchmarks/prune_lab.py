@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from edgecompress.cost import CostModel, LatencyModel, count
 from edgecompress.data import Dataset
-from edgecompress.envs import Choice, Limit, Outcome, SearchSpace, channel_space
 from edgecompress.episodes import Batch, augmented
 from edgecompress.fidelity import PRUNED, divergence
 from edgecompress.finetune import TrainSettings, train
@@ -33,7 +32,9 @@ from edgecompress.prune import prune, reestimate_on
 from edgecompress.reward import accuracy_only
 from edgecompress.scoring import Scorer, top
 from edgecompress.search import SearchSettings, search, search_budgets
+from edgecompress.spaces import Choice, Limit, Outcome, SearchSpace
 from edgecompress.spec import CompressionPolicy, Cost, Target, Trial, parse_budgets
+from edgecompress.stage_spaces import channel_space
 from edgecompress.trace import Traced, trace
 
 FOLDER = ROOT / "build" / "prune_cifar10"

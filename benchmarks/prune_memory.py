@@ -13,7 +13,6 @@ from harness import Benchmark
 
 from edgecompress.cost import count
 from edgecompress.data import load_data
-from edgecompress.envs import Limit, channel_space
 from edgecompress.episodes import Episodes
 from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.machine import resident_bytes
@@ -21,7 +20,9 @@ from edgecompress.models import build_model
 from edgecompress.prune import pruner
 from edgecompress.reward import reward_by_name
 from edgecompress.search import SearchSettings, search
+from edgecompress.spaces import Limit
 from edgecompress.spec import Budget, CompressionPolicy, Trial
+from edgecompress.stage_spaces import channel_space
 from edgecompress.trace import trace
 
 WARM_UP, LIMIT_MB = 60, 50.0

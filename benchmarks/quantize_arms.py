@@ -15,7 +15,6 @@ from torch import Tensor
 
 from edgecompress.baselines import Tables, programs
 from edgecompress.cost import Kernel, count
-from edgecompress.envs import Choice, Limit, Outcome, SearchSpace, bitwidth_space
 from edgecompress.exporters.onnx_writing import Names
 from edgecompress.exporters.packing import store
 from edgecompress.fidelity import QUANTIZED, divergence
@@ -25,7 +24,9 @@ from edgecompress.quantize import QuantizedGraph, Simulator, calibrate, channels
 from edgecompress.reward import accuracy_only
 from edgecompress.search import SearchSettings, search
 from edgecompress.sensitivity import Sensitivities, sensitivities
+from edgecompress.spaces import Choice, Limit, Outcome, SearchSpace
 from edgecompress.spec import CompressionPolicy, LayerChoice, Trial, parse_budgets
+from edgecompress.stage_spaces import bitwidth_space
 from edgecompress.trace import trace
 
 ARMS = ("ddpg", "greedy", "milp")

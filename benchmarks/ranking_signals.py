@@ -19,9 +19,9 @@ from quantize_arms import float_answers, held_out, held_out_rows, kl_tables, sim
 from torch import Tensor
 
 from edgecompress.baselines import programs
-from edgecompress.envs import Choice, SearchSpace
 from edgecompress.fidelity import PRUNED, QUANTIZED, Yardstick, divergences
 from edgecompress.mutations import changed
+from edgecompress.spaces import Choice, SearchSpace
 
 NETWORK, BUDGET = "resnet20", "flops=0.5x"
 ASKED, SPLITS = 250, 150

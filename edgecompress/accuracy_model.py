@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecompress.envs import Choice, SearchSpace
+from edgecompress.spaces import Choice, SearchSpace
 
 Floats = NDArray[np.float64]
 _ROOT5 = math.sqrt(5)

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgecompress.baselines import STATIC
-from edgecompress.envs import Choice, PolicyEnv, SearchSpace
+from edgecompress.envs import PolicyEnv
 from edgecompress.errors import UnknownNameError
+from edgecompress.spaces import Choice, SearchSpace
 from edgecompress.threads import torch_threads
 
 Floats = NDArray[np.float32]

@@ -12,10 +12,11 @@ import numpy as np
 
 from edgecompress.agents import make_agent
 from edgecompress.black_box import cma_es, gaussian_process
-from edgecompress.envs import Choice, PolicyEnv, SearchSpace
+from edgecompress.envs import PolicyEnv
 from edgecompress.imagination import imagining
 from edgecompress.mutations import mutated
 from edgecompress.scoring import Scorer, SearchSettings
+from edgecompress.spaces import Choice, SearchSpace
 
 Arm = Callable[[SearchSpace, Scorer, SearchSettings], None]
 IDLE = 30  # episodes in a row without a new policy, after which an arm has run dry

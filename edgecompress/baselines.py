@@ -7,7 +7,7 @@ from itertools import product
 
 import numpy as np
 
-from edgecompress.envs import Choice, SearchSpace
+from edgecompress.spaces import Choice, SearchSpace
 
 Tables = Mapping[int, Mapping[int, float]]  # action -> level -> what it costs in accuracy, in any unit
 STATIC = ("surrogate", "uniform", "greedy", "milp")

@@ -13,7 +13,6 @@ from torch import Tensor
 from edgecompress.baselines import Tables
 from edgecompress.cost import LatencyModel
 from edgecompress.data import Dataset
-from edgecompress.envs import Outcome, SearchSpace, bitwidth_space
 from edgecompress.errors import UsageError
 from edgecompress.exporters.emulate import emulate
 from edgecompress.exporters.sizes import FileSize
@@ -27,7 +26,9 @@ from edgecompress.posttraining import bias_corrected
 from edgecompress.quantize import Calibration, QuantizedGraph, Simulator, channels_last, simulate
 from edgecompress.rounding import learned_rounding
 from edgecompress.sensitivity import Sensitivities, sensitivities
+from edgecompress.spaces import Outcome, SearchSpace
 from edgecompress.spec import CompressionPolicy, Target
+from edgecompress.stage_spaces import bitwidth_space
 from edgecompress.stages import Job, checkpoint_of, remeasured, searched, train_settings
 
 SENSITIVITY_IMAGES = 200

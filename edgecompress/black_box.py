@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgecompress.accuracy_model import AccuracyModel, expected_improvement
-from edgecompress.envs import SearchSpace
 from edgecompress.mutations import PARENTS, changed
 from edgecompress.scoring import Scorer, top
+from edgecompress.spaces import SearchSpace
 
 Floats = NDArray[np.float64]
 _IDLE = 60

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from edgecompress.data import Dataset, Split
 from edgecompress.devices import device_by_name
-from edgecompress.envs import Outcome
 from edgecompress.fidelity import PRUNED, Original, divergences, said_by
 from edgecompress.prune import reestimate_on
+from edgecompress.spaces import Outcome
 from edgecompress.spec import CompressionPolicy
 from edgecompress.tasks import Task
 

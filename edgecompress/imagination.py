@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from edgecompress.accuracy_model import AccuracyModel, expected_improvement
 from edgecompress.agents import OffPolicyAgent, RandomAgent
-from edgecompress.envs import Choice, PolicyEnv, SearchSpace, observed
+from edgecompress.envs import PolicyEnv, observed
 from edgecompress.mutations import PARENTS, changed
 from edgecompress.scoring import Scorer, SearchSettings, top
+from edgecompress.spaces import Choice, SearchSpace
 from edgecompress.spec import Cost, Trial
 from edgecompress.threads import torch_threads
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from edgecompress.envs import Choice, SearchSpace
 from edgecompress.scoring import Scorer, top
+from edgecompress.spaces import Choice, SearchSpace
 
 PARENTS = 5
 

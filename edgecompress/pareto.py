@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgecompress.envs import SearchSpace
 from edgecompress.errors import BadFileError, GoalMissedError
 from edgecompress.reward import Reward
 from edgecompress.scoring import keeps
+from edgecompress.spaces import SearchSpace
 from edgecompress.spec import Budget, Cost, Stage, Trial
 
 

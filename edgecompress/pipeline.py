@@ -17,7 +17,6 @@ from edgecompress.cost import LatencyModel, count, kernels
 from edgecompress.data import Dataset, Split, load_data
 from edgecompress.describe import GraphModule, graph_of, traced_of
 from edgecompress.edges import with_edges
-from edgecompress.envs import Limit
 from edgecompress.errors import BadFileError, UnknownNameError, UsageError
 from edgecompress.exporters.formats import EXPORTERS, export
 from edgecompress.exporters.interface import PLAIN, Interface
@@ -39,6 +38,7 @@ from edgecompress.progress import Progress, Silent
 from edgecompress.quantize import QuantizedGraph, Simulator, calibrate, simulate
 from edgecompress.report import report_on, write_report
 from edgecompress.runs import ORIGINAL, ORIGINAL_INT8, RunFolder, opened
+from edgecompress.spaces import Limit
 from edgecompress.spec import (
     Architecture,
     Artifact,

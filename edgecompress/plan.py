@@ -13,7 +13,6 @@ from torch import nn
 
 from edgecompress.cost import count
 from edgecompress.data import Dataset, Split
-from edgecompress.envs import SearchSpace
 from edgecompress.exporters.formats import EXPORTERS
 from edgecompress.finetune import reference_file
 from edgecompress.latency_tables.targets import target_by_name
@@ -26,6 +25,7 @@ from edgecompress.prune import reestimate_batchnorm
 from edgecompress.rehearsal import PlannedStage, PlannedTraining, one_training, rehearse
 from edgecompress.report import UNITS
 from edgecompress.runs import RunFolder
+from edgecompress.spaces import SearchSpace
 from edgecompress.spec import Config, Document, Frozen, LayerChoice, Metric, Source, Stage, Trial
 from edgecompress.stages import Job, channels_of
 

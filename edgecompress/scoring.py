@@ -10,11 +10,11 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from edgecompress.agents import AGENTS
-from edgecompress.envs import Choice, Evaluator, Outcome, SearchSpace
 from edgecompress.errors import UnknownNameError
 from edgecompress.files import append_line
 from edgecompress.machine import give_memory_back, resident_bytes
 from edgecompress.reward import Reward
+from edgecompress.spaces import Choice, Evaluator, Outcome, SearchSpace
 from edgecompress.spec import CompressionPolicy, Cost, Stage, Trial
 
 OnTrial = Callable[[Trial, Trial | None], None]

@@ -18,11 +18,11 @@ import torch
 from edgecompress.agents import OFF_POLICY
 from edgecompress.arms import ARMS, FROM_SCRATCH
 from edgecompress.baselines import STATIC, Tables, integer_program, programs, uniform
-from edgecompress.envs import Choice, Evaluator, Outcome, SearchSpace
 from edgecompress.errors import UsageError
 from edgecompress.imagination import imagining
 from edgecompress.reward import Reward
 from edgecompress.scoring import OnTrial, Scorer, SearchSettings, SpentError, best, top
+from edgecompress.spaces import Choice, Evaluator, Outcome, SearchSpace
 from edgecompress.spec import Cost, Trial
 from edgecompress.starts import Deltas, deltas_of, inner_only, sensitivities_of, solutions
 

@@ -18,7 +18,6 @@ from edgecompress.baselines import Tables
 from edgecompress.channel_sensitivity import channel_sensitivities
 from edgecompress.cost import CostModel, LatencyModel, SizeModel, count
 from edgecompress.data import Dataset, Split
-from edgecompress.envs import ELEMENTS, FLOAT_BITS, Evaluator, Limit, SearchSpace, channel_space
 from edgecompress.episodes import Episodes, missing_classes
 from edgecompress.errors import BadModelError, GoalMissedError
 from edgecompress.finetune import TrainSettings, accuracy_and_loss, train
@@ -28,7 +27,9 @@ from edgecompress.prune import pruner, reestimate_batchnorm
 from edgecompress.reward import reward_by_name
 from edgecompress.runs import RunFolder
 from edgecompress.search import SearchSettings, search, top
+from edgecompress.spaces import Evaluator, Limit, SearchSpace
 from edgecompress.spec import Budget, CompressionPolicy, Config, Cost, LayerChoice, Network, Stage, Target, Trial
+from edgecompress.stage_spaces import ELEMENTS, FLOAT_BITS, channel_space
 from edgecompress.trace import Traced
 from edgecompress.variational import (
     WeightNoise,

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from edgecompress.baselines import Tables
-from edgecompress.envs import Choice, SearchSpace
 from edgecompress.scoring import Scorer, SearchSettings, best
+from edgecompress.spaces import Choice, SearchSpace
 from edgecompress.spec import Trial
 
 

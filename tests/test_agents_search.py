@@ -10,10 +10,11 @@ import torch
 
 from edgecompress.agents import AGENTS, OFF_POLICY, STATIC, make_agent
 from edgecompress.arms import ARMS
-from edgecompress.envs import Limit, Outcome, PolicyEnv, SearchSpace
+from edgecompress.envs import PolicyEnv
 from edgecompress.errors import GoalMissedError, UnknownNameError
 from edgecompress.files import read_lines
 from edgecompress.search import Scorer, SearchSettings, best, search, top
+from edgecompress.spaces import Limit, Outcome, SearchSpace
 from edgecompress.spec import Budget, CompressionPolicy, Cost, Trial
 
 LEVELS = tuple(range(1, 17))

@@ -13,13 +13,13 @@ from test_agents_search import GROUPS, LEVELS, ORIGINAL, Landscape, reward, simp
 from edgecompress.accuracy_model import AccuracyModel, _negative_evidence, expected_improvement
 from edgecompress.black_box import CMAES
 from edgecompress.cli.main import main
-from edgecompress.envs import Limit, Outcome
 from edgecompress.errors import BadFileError, GoalMissedError, UsageError
 from edgecompress.files import append_line, read_lines, write_document
 from edgecompress.pareto import pareto_set, pick, picked
 from edgecompress.reward import reward_by_name, soft_target
 from edgecompress.scoring import SearchSettings, best, top
 from edgecompress.search import search, search_budgets
+from edgecompress.spaces import Limit, Outcome
 from edgecompress.spec import Budget, Config, Cost, Trial, parse_budgets
 
 

@@ -10,11 +10,11 @@ import torch
 from sample_networks import integer_case
 
 from edgecompress.baselines import integer_program, programs, uniform
-from edgecompress.envs import Limit, Outcome, SearchSpace
 from edgecompress.errors import BadFileError
 from edgecompress.fidelity import QUANTIZED, divergence
 from edgecompress.search import Scorer, SearchSettings, search
 from edgecompress.sensitivity import sensitivities
+from edgecompress.spaces import Limit, Outcome, SearchSpace
 from edgecompress.spec import Budget, CompressionPolicy, Cost, LayerChoice
 from edgecompress.starts import sensitivities_of
 

@@ -10,11 +10,13 @@ from gymnasium.utils.env_checker import check_env
 from sample_networks import Concat, Mobile, Residual
 
 from edgecompress.cost import count
-from edgecompress.envs import ELEMENTS, Limit, PolicyEnv, SearchSpace, allowed_widths, bitwidth_space, channel_space
+from edgecompress.envs import PolicyEnv
 from edgecompress.errors import GoalMissedError
 from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.models import build_model
+from edgecompress.spaces import Limit, SearchSpace
 from edgecompress.spec import Budget, CompressionPolicy, LayerChoice, parse_budgets
+from edgecompress.stage_spaces import ELEMENTS, allowed_widths, bitwidth_space, channel_space
 from edgecompress.starts import inner_only
 from edgecompress.trace import trace
 

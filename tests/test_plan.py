@@ -10,12 +10,12 @@ from command_line import BUDGET, MODEL, TINY, call
 from sample_networks import Residual, settled
 
 from edgecompress.cost import count
-from edgecompress.envs import allowed_widths
 from edgecompress.errors import BadModelError, UsageError
 from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.plan import Plan, make_plan
 from edgecompress.runs import RunFolder
 from edgecompress.spec import CompressionPolicy
+from edgecompress.stage_spaces import allowed_widths
 
 OPTIONS = {"episodes": 12, "finetune_epochs": 4, "noise_epochs": 1, "qat_epochs": 2, "threads": 2}
 
