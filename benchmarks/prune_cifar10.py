@@ -247,7 +247,8 @@ def main() -> None:
         "evaluations a search": wanted.episodes,
         "held-out images": PARTS,
         "BatchNorm re-estimation": f"{BN_IMAGES} augmented training images",
-        "final of a search": f"of its {LEADERS} best on 'search' the best on 'search' and 'again' together, for all methods",
+        "final of a search": f"of its {LEADERS} best on 'search' the one that diverges least from the checkpoint on 'search' "
+        "and 'again' together, for all methods",
         "fine-tuning": f"{TUNING.epochs} epochs of {TUNING_IMAGES} images, distillation, the same for all",
         "finished cells": len(known),
         "policies that a search asked for and another had evaluated are counted, not computed again": True,

@@ -300,8 +300,8 @@ def run_search(
 ) -> Cell:
     """One search with the reward of accuracy alone; several budgets are searched together.
 
-    The best ten of each budget are measured again on the images of `search` and `again`; the best of them is the final,
-    and only that one meets `select`. A search on another part than `search` takes its own best.
+    The best ten of each budget are measured again on the images of `search` and `again`; the one that diverges least from
+    the checkpoint there is the final, and only that one meets `select`. A search on another part than `search` takes its own best.
     """
     built = [lab.space(budget, latency) for budget in budgets]
     original = built[0][1]
@@ -336,8 +336,8 @@ def run_search(
 
 def _final(lab: Lab, trials: list[Trial], part: str) -> Cell:
     leaders = top(trials, LEADERS)
-    again = {t.choice: _on_both(lab, t) if part == "search" else 100 * t.accuracy for t in leaders}
-    chosen = max(leaders, key=lambda trial: (again[trial.choice], -trial.loss))
+    again = {t.choice: _on_both(lab, t) if part == "search" else (t.believed, 100 * t.accuracy) for t in leaders}
+    chosen = max(leaders, key=lambda trial: again[trial.choice])
     at = {
         str(n): round(100 * max((t.accuracy for t in trials if t.episode < n), default=0.0), 2)
         for n in (25, 50, 75, 100, 150, 200)
@@ -346,20 +346,21 @@ def _final(lab: Lab, trials: list[Trial], part: str) -> Cell:
         "choice": list(chosen.choice),
         "arm": chosen.arm,
         "search": round(100 * chosen.accuracy, 2),
-        "again": round(again[chosen.choice], 3),
+        "again": round(again[chosen.choice][1], 3),
         "select": round(100 * lab.evaluations(chosen.choice, "select").accuracy, 3),
         "macs": chosen.cost.macs,
         "latency_us": None if chosen.cost.latency_us is None else round(chosen.cost.latency_us, 2),
         "best_after": at,
-        "leaders": [[list(t.choice), t.arm, round(100 * t.accuracy, 2), round(again[t.choice], 3)] for t in leaders],
+        "leaders": [[list(t.choice), t.arm, round(100 * t.accuracy, 2), round(again[t.choice][1], 3)] for t in leaders],
     }
 
 
-def _on_both(lab: Lab, trial: Trial) -> float:
-    """Accuracy in percent on `search` and `again` together."""
+def _on_both(lab: Lab, trial: Trial) -> tuple[float, float]:
+    """What its divergence lets expect, and accuracy in percent, on `search` and `again` together."""
     counts = {part: len(lab.rows[part]) for part in ("search", "again")}
-    right = sum(count * lab.evaluations(trial.choice, part).accuracy for part, count in counts.items())
-    return 100 * right / sum(counts.values())
+    found = {part: lab.evaluations(trial.choice, part) for part in counts}
+    believed = sum(count * found[part].believed for part, count in counts.items()) / sum(counts.values())
+    return believed, 100 * sum(count * found[part].accuracy for part, count in counts.items()) / sum(counts.values())
 
 
 def fine_tuned(lab: Lab, choice: Choice | None, settings: TrainSettings, images: int) -> tuple[nn.Module, Path]:

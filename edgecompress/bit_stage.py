@@ -17,10 +17,11 @@ from edgecompress.errors import UsageError
 from edgecompress.exporters.emulate import emulate
 from edgecompress.exporters.sizes import FileSize
 from edgecompress.exporters.verify import agreement
-from edgecompress.fidelity import QUANTIZED, Original, divergence, said_by
+from edgecompress.fidelity import QUANTIZED
 from edgecompress.finetune import accuracy_and_loss, train
 from edgecompress.graph import Graph
 from edgecompress.interpret import run
+from edgecompress.judge import Judge
 from edgecompress.learned_steps import LearnedSteps
 from edgecompress.posttraining import bias_corrected
 from edgecompress.quantize import Calibration, QuantizedGraph, Simulator, channels_last, simulate
@@ -33,7 +34,6 @@ from edgecompress.stages import Job, checkpoint_of, remeasured, searched, train_
 
 SENSITIVITY_IMAGES = 200
 EMULATED_IMAGES = 200
-BATCH = 256
 
 
 def bits_of(
@@ -103,14 +103,20 @@ def quantize_stage(
     def forward(policy: CompressionPolicy) -> Callable[[Tensor], Tensor]:
         return simulator.forward(policy.layers)
 
-    wanted = _float_answers(job, simulator)
+    def floating(x: Tensor) -> Tensor:
+        return run(simulator.graph, channels_last(x), simulator.floats)
+
+    judge = Judge(job.data, job.data.search_val, floating, QUANTIZED, job.config.device)
 
     def evaluate(policy: CompressionPolicy) -> Outcome:
-        trained = _briefly_trained(job, simulator, policy) if job.config.reward_steps else forward(policy)
-        return _outcome(job, trained, wanted)
+        return judge(_briefly_trained(job, simulator, policy) if job.config.reward_steps else forward(policy))
 
     trials = searched(job, space, evaluate, "quantize", job.config.quantize_reward, lambda: _kl_tables(found, space))
-    finalists = remeasured(trials, job, lambda trial: forward(space.to_policy(trial.choice)))
+    finalists = remeasured(
+        trials,
+        Judge(job.data, job.both_val, floating, QUANTIZED),
+        lambda trial: forward(space.to_policy(trial.choice)),
+    )
     _emulated(job, [simulator.quantized(space.to_policy(trial.choice).layers) for trial in finalists])
     chosen = finalists[0]
     policy = space.to_policy(chosen.choice)
@@ -123,25 +129,6 @@ def quantize_stage(
     if job.config.qat_epochs:
         quantized = _learned_steps(job, quantized)
     return quantized, policy, chosen.arm
-
-
-def _float_answers(job: Job, simulator: Simulator) -> Original | None:
-    """What the network that stage 2 starts from says of search-val, in the batches that `_outcome` takes."""
-
-    def forward(x: Tensor) -> Tensor:
-        return run(simulator.graph, channels_last(x), simulator.floats)
-
-    return said_by(forward, job.data.batches(job.data.search_val, BATCH), job.data.task)
-
-
-def _outcome(job: Job, forward: Callable[[Tensor], Tensor], wanted: Original | None) -> Outcome:
-    """Accuracy and loss on search-val, and the accuracy that the divergence from ``wanted`` lets expect."""
-    found: list[Tensor] = []
-    keep = None if wanted is None else found.append  # outputs that are too large to keep are not kept here either
-    accuracy, loss = accuracy_and_loss(forward, job.data, job.data.search_val, BATCH, on_outputs=keep)
-    if wanted is None:
-        return Outcome(accuracy, loss)
-    return Outcome(accuracy, loss, estimate=QUANTIZED.expected(wanted.accuracy, divergence(wanted.outputs, found)))
 
 
 def _calibration(job: Job) -> Iterator[Tensor]:

@@ -20,7 +20,9 @@ from edgecompress.cost import CostModel, LatencyModel, SizeModel, count
 from edgecompress.data import Dataset, Split
 from edgecompress.episodes import Episodes, missing_classes
 from edgecompress.errors import BadModelError, GoalMissedError
+from edgecompress.fidelity import PRUNED
 from edgecompress.finetune import TrainSettings, accuracy_and_loss, train
+from edgecompress.judge import Judge
 from edgecompress.pareto import picked
 from edgecompress.progress import Progress
 from edgecompress.prune import pruner, reestimate_batchnorm
@@ -189,7 +191,8 @@ def prune_stage(job: Job, cost: CostModel) -> tuple[CompressionPolicy, str]:
         return episodes.network(policy).to("cpu").to(memory_format=torch.contiguous_format)
 
     trials = searched(job, space, episodes, "prune", job.config.prune_reward)
-    finalists = remeasured(trials, job, lambda trial: build(space.to_policy(trial.choice)))[:3]
+    judge = Judge(job.data, job.both_val, job.original, PRUNED, job.config.device)
+    finalists = remeasured(trials, judge, lambda trial: build(space.to_policy(trial.choice)))[:3]
     job.progress.stage("Fine-tune the finalists", len(finalists) * SHORT_EPOCHS)
     scored = [(_short_finetune(job, build(space.to_policy(trial.choice))), trial) for trial in finalists]
     chosen = max(scored, key=lambda pair: (pair[0][0], -pair[0][1]))[1]
@@ -231,12 +234,14 @@ def searched(
     return trials
 
 
-def remeasured(trials: Sequence[Trial], job: Job, build: Callable[[Trial], Callable[[Tensor], Tensor]]) -> list[Trial]:
-    """The five best by reward, ordered by accuracy on the larger split: a search climbs its own noise."""
+def remeasured(
+    trials: Sequence[Trial], judge: Judge, build: Callable[[Trial], Callable[[Tensor], Tensor]]
+) -> list[Trial]:
+    """The five best by reward, in the order of what ``judge`` believes of them on a larger split: a search climbs its own noise."""
     leaders = top(trials, 5)
-    measured = {trial.choice: accuracy_and_loss(build(trial), job.data, job.both_val) for trial in leaders}
-    gains = {trial.choice: trial.reward - trial.believed + measured[trial.choice][0] for trial in leaders}
-    return sorted(leaders, key=lambda trial: (-gains[trial.choice], measured[trial.choice][1]))
+    measured = {trial.choice: judge(build(trial)) for trial in leaders}
+    gains = {trial.choice: trial.reward - trial.believed + measured[trial.choice].believed for trial in leaders}
+    return sorted(leaders, key=lambda trial: (-gains[trial.choice], measured[trial.choice].loss))
 
 
 def _short_finetune(job: Job, model: nn.Module) -> tuple[float, float]:
