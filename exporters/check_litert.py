@@ -21,7 +21,7 @@ from edgecompress.quantize import QuantizedGraph, is_fused_activation
 
 IMAGES_FOR_OPERATORS = 2  # run with all tensors kept
 FLOAT_ERROR = 1e-3  # of the largest output, where it is no integer before
-SELDOM = 0.02  # share of values that may round otherwise; an ADD of XNNPACK does at some 0.01 %
+SELDOM = 0.05  # share of values that may round otherwise; of XNNPACK an ADD does at some 0.01 %, a LEAKY_RELU at 1 %
 WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 CONVERSIONS = ("QUANTIZE", "DEQUANTIZE")
 

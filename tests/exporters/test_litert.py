@@ -291,6 +291,27 @@ def test_what_litert_has_not_even_in_float_is_refused():
         integer_model(quantized_network(Rows())[0], largest_score=1, interface=Interface(allow_float=True))
 
 
+def test_a_constant_operand_a_division_and_leaky_relu():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.fc = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(3, 8, 1, 2), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = (F.leaky_relu(self.a(x), 0.1) - self.b(x)) / (1 + F.relu(self.b(x)))
+            return self.fc(x[:, :, 1:4].mean((2, 3)))
+
+    from edgecompress.exporters.check_litert import check_litert
+
+    quantized, images = quantized_network(Network())
+    with pytest.raises(UsageError, match=r"no Add at 'add.*' as integers"):
+        integer_model(quantized, largest_score=1)
+    model, _, exact = answers(quantized, images, Interface(allow_float=True))
+    assert [name.split()[0] for name in model.floats] == ["Add", "Div"]
+    assert dict(contents_of(model).floats) == {"ADD": 1, "DIV": 1}
+    assert check_litert(model, quantized, images.numpy(), exact).failures == []
+
+
 def test_layers_that_keep_floats_stay_float_and_are_named():
     case = integer_case("residual")
     quantized = case.quantized(8, 8)
