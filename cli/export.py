@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 @click.option(
     "--allow-float",
     is_flag=True,
-    help="What the runtime cannot take as integers may be float: with litert that operator, with executorch the whole program.",
+    help="litert, executorch: an operator that the runtime has no integers for is computed in float, and no other.",
 )
 @click.option(
     "--int4",

@@ -28,13 +28,13 @@ def runs_in_integers(quantized: QuantizedGraph, node: Node) -> bool:
         return node.name in quantized.weights
     if node.op == "HardSigmoid":
         return gate_of(quantized, node.outputs[0]) is not None
-    if _meets_a_constant(quantized.graph, node):
+    if meets_a_constant(quantized.graph, node):
         return False
     absorbed = is_fused_activation(quantized.graph, node)
     return (absorbed or node.op in KERNELS) and _result(quantized.graph, node) in quantized.tensors
 
 
-def _meets_a_constant(graph: Graph, node: Node) -> bool:
+def meets_a_constant(graph: Graph, node: Node) -> bool:
     """Whether ``node`` adds or multiplies with a float constant, which no integer kernel takes."""
     return node.op in ("Add", "Mul") and any(name in graph.constants for name in node.inputs)
 
@@ -88,7 +88,7 @@ def emulate(
             keep(value, integers[node.inputs[0]].clamp(128 - steps, 128 + steps))
             continue
         floating = how is None and not layer
-        if (layer and node.name not in quantized.weights) or floating or _meets_a_constant(graph, node):
+        if (layer and node.name not in quantized.weights) or floating or meets_a_constant(graph, node):
             kernel = None  # float weights, or an output that is not quantised: ONNX Runtime computes it in float
         if kernel is not None and all(name in integers for name in _activations(graph, node)):
             result = kernel(node, integers, quantized, how)

@@ -334,7 +334,7 @@ def contents_of(model):
 
 
 def test_the_proof_finds_changed_weights_and_unnamed_floats():
-    from edgecompress.exporters.check_litert import check_contents
+    from edgecompress.exporters.check_litert import check_contents, check_litert
 
     case = integer_case("concat")
     quantized = case.quantized(3, 8)
@@ -347,6 +347,9 @@ def test_the_proof_finds_changed_weights_and_unnamed_floats():
     assert check_contents(model, replace(quantized, weights=other)).failures == [
         "the integers of left.0 are not in the file"
     ]
+    unseen = replace(model, values={name: held for name, held in model.values.items() if name != "relu_1"})
+    failed = check_litert(unseen, quantized, case.images.numpy(), emulate(quantized, case.images).numpy()).failures
+    assert failed == ["1 values are not what their operators make of their inputs (relu_1)"]
     attention = integer_model(quantized_network(Attention())[0], largest_score=1, interface=Interface(allow_float=True))
     hidden = check_contents(replace(attention, floats=()), quantized_network(Attention())[0])
     assert hidden.failures == ["it computes in float: 1 SOFTMAX; meant to: nothing"]
