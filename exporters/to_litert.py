@@ -60,6 +60,7 @@ class LiteRtModel:
 
     ``floats``: operators of the network that compute in float. ``step``: of the scores' integers, 0 where they are floats.
     ``int4``: layers whose weights are stored so. ``values``: the tensor of each quantised value of the graph.
+    ``rounded_twice``: values of INT4 layers that XNNPACK leaves to LiteRT's own kernels.
     """
 
     data: bytes
@@ -69,6 +70,7 @@ class LiteRtModel:
     step: float
     int4: int
     values: Mapping[str, Held]
+    rounded_twice: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -136,6 +138,7 @@ class _Writer:
         self.scores = Grid(float(np.float32(2 * max(largest_score, 1e-6) / 32767)), 0, "int16")
         self.values = _Values()
         self.floats: list[str] = []
+        self.rounded_twice: set[str] = set()
         self.activations = {n.inputs[0]: n for n in self.graph.nodes if is_fused_activation(self.graph, n)}
 
     # ------------------------------------------------------------------------------------------ the whole file
@@ -160,6 +163,7 @@ class _Writer:
             step=step,
             int4=self.file.count_of("INT4"),
             values={name: self._place(name, held) for name, held in self.values.integers.items()},
+            rounded_twice=frozenset(self.rounded_twice),
         )
 
     def _place(self, name: str, held: Written) -> Held:
@@ -353,12 +357,14 @@ class _Writer:
         options = self._strides(node) | {"padding": padding, "fusedActivationFunction": 0}
         bias = self._bias(node, len(values))
         groups = int(node.attributes.get("group", 1))
-        if _is_pointwise(node, values) and self._in_four_bits(weight):
+        if _is_pointwise(node, values) and self._in_four_bits(weight, result):
             kernel = self.file.weight(f"{node.name}.weight", values[:, :, 0, 0], scale, 0, four_bits=True)
             return self._operator(
                 "FULLY_CONNECTED", [x, kernel, bias], node, result, 10, keepNumDims=True, fusedActivationFunction=0
             )
         small = weight.bits <= FOUR_BITS and self.interface.int4 == "always"
+        if small:
+            self.rounded_twice.add(result)
         if _is_depthwise(node, values):
             options["depthMultiplier"] = len(values) // groups
             kernel = self.file.weight(f"{node.name}.weight", _depthwise(values), scale, 3, four_bits=small)
@@ -372,7 +378,7 @@ class _Writer:
         if weight is None or not node.attributes.get("transB", 0):
             return False
         wide = result not in self.quantized.tensors
-        small = not wide and self._in_four_bits(weight)
+        small = not wide and self._in_four_bits(weight, result)
         kernel = self.file.weight(
             f"{node.name}.weight", self._columns(weight.values, node.inputs[0]), weight.scale, 0, four_bits=small
         )
@@ -381,11 +387,14 @@ class _Writer:
         version = 7 if wide else 10 if small else 4
         return self._operator("FULLY_CONNECTED", [x, kernel, bias], node, result, version, fusedActivationFunction=0)
 
-    def _in_four_bits(self, weight: QuantizedWeight) -> bool:
+    def _in_four_bits(self, weight: QuantizedWeight, result: str) -> bool:
         """Whether a linear layer is stored as INT4: XNNPACK takes it as fast as int8 where its inputs are even in number."""
         how = self.interface.int4
         even = weight.values.shape[1] % 2 == 0
-        return weight.bits <= FOUR_BITS and (how == "always" or (how == "fast" and even))
+        taken = weight.bits <= FOUR_BITS and (how == "always" or (how == "fast" and even))
+        if taken and not even:
+            self.rounded_twice.add(result)
+        return taken
 
     def _columns(self, values: Array, source: str) -> Array:
         """Weights of a linear layer for inputs that were flattened channels last."""

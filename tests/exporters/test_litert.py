@@ -196,6 +196,7 @@ def test_int4_is_taken_where_it_costs_no_time_or_as_asked(tmp_path):
     assert (never.int4, fast.int4, model.int4) == (0, 2, 5)  # the two pointwise ones; all but the scores' layer
     assert len(model.data) < len(fast.data) < len(never.data)
     assert agreement(found, exact) >= 0.9  # kernels without XNNPACK round twice
+    assert (len(fast.rounded_twice), len(model.rounded_twice)) == (0, 3)
     assert to_litert.oldest_runtime(never) != to_litert.oldest_runtime(fast) == "LiteRT 1.2.0"
 
 
