@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from edgecompress.exporters.interface import Head, InputType, Layout
+    from edgecompress.exporters.interface import Head, InputType, Int4, Layout
 
 
 @click.command("export")
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     "format_name",
     default="onnxruntime",
     show_default=True,
-    help="onnx, onnxruntime, onnxruntime-optimised, ort, openvino, tensorrt, executorch or ncnn.",
+    help="onnx, onnxruntime, onnxruntime-optimised, ort, openvino, tensorrt, litert, executorch or ncnn.",
 )
 @click.option(
     "--input",
@@ -45,7 +45,18 @@ if TYPE_CHECKING:
 @click.option(
     "--saturating-cpu", is_flag=True, help="Weights of at most 7 bits: exact and fast on x86 without VNNI (AVX2 only)."
 )
-@click.option("--allow-float", is_flag=True, help="executorch: write floats where XNNPACK does not take every layer.")
+@click.option(
+    "--allow-float",
+    is_flag=True,
+    help="litert, executorch: an operator that the runtime has no integers for is computed in float, and no other.",
+)
+@click.option(
+    "--int4",
+    type=click.Choice(["fast", "never", "always"]),
+    default="fast",
+    show_default=True,
+    help="litert: layers of at most 4 bits stored as INT4: those that are not slower for it, none, or all.",
+)
 @click.option("--strip-metadata", is_flag=True, help="Short names and no metadata: the smallest file.")
 @click.option(
     "--fp16-layers",
@@ -69,6 +80,7 @@ def command(
     max_opset: int | None,
     saturating_cpu: bool,
     allow_float: bool,
+    int4: Int4,
     strip_metadata: bool,
     fp16_layers: str,
     out: Path | None,
@@ -103,6 +115,7 @@ def command(
         bare=strip_metadata,
         saturating_cpu=saturating_cpu,
         allow_float=allow_float,
+        int4=int4,
     )
     half = tuple(filter(None, (name.strip() for name in fp16_layers.split(","))))
     artifact = export_run(run, format_name, check=verify, interface=interface, half=half, out=out)
@@ -115,8 +128,9 @@ def command(
     if as_json:
         click.echo(json.dumps(artifact.model_dump(mode="json"), indent=1))
         return
+    opset = f" opset {artifact.opset}," if artifact.opset else ""
     click.echo(
-        f"{path}  {artifact.size_bytes:,} bytes, {artifact.dialect} dialect, opset {artifact.opset}, runs from {artifact.oldest_runtime}"
+        f"{path}  {artifact.size_bytes:,} bytes, {artifact.dialect} dialect,{opset} runs from {artifact.oldest_runtime}"
     )
     for key, value in artifact.checks.items():
         click.echo(f"  {key}: {value:.4g}" if isinstance(value, float) else f"  {key}: {value}")

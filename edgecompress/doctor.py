@@ -238,6 +238,7 @@ def _exporters() -> list[Finding]:
         "tensorrt": "writes the ONNX and build_on_device.py; the engine is built on the device",
         "ncnn": "writes and proves with edgecompress[ncnn]",
         "executorch": "writes and proves with edgecompress[executorch]",
+        "litert": "writes and proves with edgecompress[litert]",
     }
     runtime = _onnx_runtime()  # every file is proven in it
     if runtime.failed:

@@ -60,7 +60,10 @@ def ncnn(source: ExportSource, model: bytes, check: bool) -> Converted:
 
 
 def executorch(source: ExportSource, model: bytes, check: bool) -> Converted:
-    """A ``.pte`` of integers; of floats where the run holds none, or where XNNPACK takes not all and floats are allowed."""
+    """A ``.pte`` of integers, in which allowed floats are the operators that XNNPACK has no integers for.
+
+    It is one of floats where the run holds no integers, or where ExecuTorch cannot lower them and floats are allowed.
+    """
     from edgecompress.exporters import to_executorch
     from edgecompress.exporters.more_runners import ExecuTorchRunner
 
@@ -69,7 +72,9 @@ def executorch(source: ExportSource, model: bytes, check: bool) -> Converted:
     if source.quantized is not None:
         with torch.no_grad():
             exact = emulate(source.quantized, torch.from_numpy(source.images)).numpy()
-        data = _integer_program(source.quantized, float(np.abs(exact).max()), image, source.interface.allow_float)
+        data = _integer_program(
+            source.quantized, float(np.abs(exact).max()), image, source.interface.allow_float, checks
+        )
     checks.values["integers"] = data is not None
     if data is not None:
         wanted, limit = exact, 0.1
@@ -88,16 +93,34 @@ def executorch(source: ExportSource, model: bytes, check: bool) -> Converted:
     return Converted({"model.pte": data}, checks, f"ExecuTorch {version('executorch')}")
 
 
-def _integer_program(quantized: QuantizedGraph, largest: float, image: torch.Tensor, allow_float: bool) -> bytes | None:
-    """The integer program, or None where XNNPACK does not take all of it and that is allowed."""
+def _integer_program(
+    quantized: QuantizedGraph, largest: float, image: torch.Tensor, allow_float: bool, checks: Checks
+) -> bytes | None:
+    """The integer program; None where ExecuTorch cannot lower it and floats are allowed. Its floats become a check.
+
+    Raises:
+        UsageError: an operator would be float, and that is not allowed.
+    """
     from edgecompress.exporters import to_executorch
 
+    floats = to_executorch.float_operators(quantized)
+    if floats and not allow_float:
+        raise UsageError(
+            f"XNNPACK has no integer kernel for {', '.join(floats)}. Export with --allow-float to compute these, and nothing "
+            "else, in float."
+        )
     scores = TensorRange(max(largest, 1e-6) / 127, 8, True)
     try:
         data, left = to_executorch.program(to_executorch.IntegerNetwork(quantized, scores), image)
-        why = f"XNNPACK does not take {', '.join(left)} of the integer network." if left else ""
     except UsageError as error:
-        why = str(error)
-    if why and not allow_float:
-        raise UsageError(f"{why} Export with --allow-float for a float program.")
-    return None if why else data
+        if allow_float:
+            return None
+        raise UsageError(f"{error} Export with --allow-float for a float program.") from error
+    if left and not allow_float:
+        raise UsageError(
+            f"XNNPACK does not take {', '.join(left)} of the integer network. Export with --allow-float to leave it to "
+            "ExecuTorch's portable kernels."
+        )
+    checks.values["float_islands"] = ", ".join(floats) or "none"
+    checks.values["left_to_portable_kernels"] = ", ".join(left) or "nothing"
+    return data

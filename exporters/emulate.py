@@ -28,8 +28,15 @@ def runs_in_integers(quantized: QuantizedGraph, node: Node) -> bool:
         return node.name in quantized.weights
     if node.op == "HardSigmoid":
         return gate_of(quantized, node.outputs[0]) is not None
+    if meets_a_constant(quantized.graph, node):
+        return False
     absorbed = is_fused_activation(quantized.graph, node)
     return (absorbed or node.op in KERNELS) and _result(quantized.graph, node) in quantized.tensors
+
+
+def meets_a_constant(graph: Graph, node: Node) -> bool:
+    """Whether ``node`` adds or multiplies with a float constant, which no integer kernel takes."""
+    return node.op in ("Add", "Mul") and any(name in graph.constants for name in node.inputs)
 
 
 def _result(graph: Graph, node: Node) -> str:
@@ -44,8 +51,14 @@ def float_islands(quantized: QuantizedGraph) -> list[str]:
     return [f"{node.op} {node.name}" for node in quantized.graph.nodes if not runs_in_integers(quantized, node)]
 
 
-def emulate(quantized: QuantizedGraph, x: Tensor) -> Tensor:
-    """Outputs ``[N, ...]`` float32 for normalised images ``[N, C, H, W]`` float32, as ONNX Runtime computes them."""
+def emulate(
+    quantized: QuantizedGraph, x: Tensor, on_integers: Callable[[str, Tensor], Tensor] = lambda name, value: value
+) -> Tensor:
+    """Outputs ``[N, ...]`` float32 for normalised images ``[N, C, H, W]`` float32, as ONNX Runtime computes them.
+
+    Args:
+        on_integers: sees every u8 value by its name and returns what its consumers will read.
+    """
     graph = quantized.graph
     activations = {node.inputs[0]: node for node in graph.nodes if is_fused_activation(graph, node)}
     fused = {before: node.outputs[0] for before, node in activations.items()}
@@ -56,7 +69,12 @@ def emulate(quantized: QuantizedGraph, x: Tensor) -> Tensor:
         return result if after is None else apply(after, [result, *(constants.get(name) for name in after.inputs[1:])])
 
     floats: dict[str, Tensor] = {}
-    integers: dict[str, Tensor] = {graph.inputs[0]: _quantize(x, quantized.tensors[graph.inputs[0]])}
+    integers: dict[str, Tensor] = {}
+
+    def keep(name: str, value: Tensor) -> None:
+        integers[name] = on_integers(name, value)
+
+    keep(graph.inputs[0], _quantize(x, quantized.tensors[graph.inputs[0]]))
     for node in graph.nodes:
         value = node.outputs[0]
         if value in integers or value in floats:
@@ -67,16 +85,17 @@ def emulate(quantized: QuantizedGraph, x: Tensor) -> Tensor:
         layer = node.op in LAYER_OPS
         if node.op == "HardSigmoid" and gate_of(quantized, value) is not None:
             steps = gate_steps(quantized, node)
-            integers[value] = integers[node.inputs[0]].clamp(128 - steps, 128 + steps)
+            keep(value, integers[node.inputs[0]].clamp(128 - steps, 128 + steps))
             continue
-        if (layer and node.name not in quantized.weights) or (how is None and not layer):
+        floating = how is None and not layer
+        if (layer and node.name not in quantized.weights) or floating or meets_a_constant(graph, node):
             kernel = None  # float weights, or an output that is not quantised: ONNX Runtime computes it in float
         if kernel is not None and all(name in integers for name in _activations(graph, node)):
             result = kernel(node, integers, quantized, how)
             if how is None:
                 floats[value] = activated(node, result)
             else:
-                integers[value] = _clip(result, how)
+                keep(value, _clip(result, how))
             continue
         arguments = [_float(name, floats, integers, quantized, constants) for name in node.inputs]
         result = apply(node, arguments)
@@ -84,7 +103,7 @@ def emulate(quantized: QuantizedGraph, x: Tensor) -> Tensor:
         if how is None:
             floats[value] = result
         else:
-            integers[value] = _quantize(result, how)
+            keep(value, _quantize(result, how))
     outputs = _float(graph.outputs[0], floats, integers, quantized, constants)
     assert outputs is not None
     return outputs

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from edgecompress.errors import GoalMissedError, UnknownNameError, UsageError
 from edgecompress.exporters import conversions, verify
+from edgecompress.exporters.emulate import emulate
 from edgecompress.exporters.interface import adapt, on_pixel_grid, signature
 from edgecompress.exporters.memory import planned_activation_bytes
 from edgecompress.exporters.onnx_writing import (
@@ -27,7 +28,7 @@ from edgecompress.exporters.onnx_writing import (
     IR_VERSIONS,
     oldest_onnxruntime,
 )
-from edgecompress.exporters.runners import OnnxRuntimeRunner, run_all
+from edgecompress.exporters.runners import OnnxRuntimeRunner, Runner, run_all
 from edgecompress.exporters.saturation import SATURATION, weights_saturate, without_saturation
 from edgecompress.exporters.source import ExportSource
 from edgecompress.exporters.to_onnx import float_model
@@ -39,8 +40,24 @@ from edgecompress.tasks import Task
 
 
 @dataclass(frozen=True)
+class Made:
+    """The files of a format, the first of which names the artifact, with their proof and what is recorded of them.
+
+    ``opset`` and ``ir_version`` are 0 where no file of ONNX stands behind it.
+    """
+
+    files: Mapping[str, bytes]
+    checks: verify.Checks
+    inputs: Mapping[str, list[int | str]]
+    outputs: Mapping[str, list[int | str]]
+    oldest_runtime: str
+    opset: int = 0
+    ir_version: int = 0
+
+
+@dataclass(frozen=True)
 class Exporter:
-    """One format: how it is written and how it is proven. ``beside`` adds files for the device.
+    """A format that is an ONNX file or made from one: how that is written and proven. ``beside`` adds files for the device.
 
     ``convert`` makes the files of another format from the finished ONNX model; ``file_name`` is the first of them.
     """
@@ -51,6 +68,43 @@ class Exporter:
     check: Callable[[ExportSource, bytes], verify.Checks]
     beside: Callable[[ExportSource, Path], None] | None = None
     convert: Callable[[ExportSource, bytes, bool], conversions.Converted] | None = None
+
+    def make(self, source: ExportSource, check: bool) -> Made:
+        """Write the ONNX file, prove it, put the interface around it, and convert it where the format is another."""
+        model = self.write(source)
+        plain = model.SerializeToString()
+        checks = self.check(source, plain) if check else verify.Checks({"verified": False})
+        model = adapt(model, source.interface, source.preprocessing)
+        data = model.SerializeToString()
+        if check and data != plain:
+            onnx.checker.check_model(data, full_check=True)
+            outer, inner = OnnxRuntimeRunner(data, optimise=False), OnnxRuntimeRunner(plain, optimise=False)
+            _require_same_answers(checks, source, outer, inner)
+        files, oldest = {self.file_name: data}, _oldest(self, source, model)
+        if self.convert is not None and not checks.failures:
+            converted = self.convert(source, data, check)
+            files, oldest = dict(converted.files), converted.oldest_runtime
+            checks.values |= converted.checks.values
+            checks.failures += converted.checks.failures
+        return Made(
+            files=files,
+            checks=checks,
+            inputs=_signature(model.graph.input),
+            outputs=_signature(model.graph.output),
+            oldest_runtime=oldest,
+            opset=model.opset_import[0].version,
+            ir_version=model.ir_version,
+        )
+
+
+@dataclass(frozen=True)
+class DirectExporter:
+    """A format that is written from the integers themselves, without ONNX between: ``make`` writes and proves it."""
+
+    dialect: str
+    file_name: str
+    make: Callable[[ExportSource, bool], Made]
+    beside: Callable[[ExportSource, Path], None] | None = None
 
 
 def _write_onnx(source: ExportSource) -> onnx.ModelProto:
@@ -164,7 +218,47 @@ def _files_for_the_device(source: ExportSource, folder: Path) -> None:
         np.savez(file, **arrays)
 
 
-EXPORTERS: dict[str, Exporter] = {
+def _make_litert(source: ExportSource, check: bool) -> Made:
+    """The integers as a ``.tflite`` file, proven in LiteRT; see `to_litert`."""
+    from edgecompress.exporters import to_litert
+    from edgecompress.exporters.check_litert import check_contents, check_litert
+    from edgecompress.exporters.more_runners import LiteRtRunner
+
+    quantized, interface = _integers(source), source.interface
+    if interface.batch == 0 or interface.max_opset is not None or interface.saturating_cpu:
+        raise UsageError(
+            "A LiteRT file has a fixed batch, no opset, and no kernels that saturate. Leave --batch dynamic, --max-opset and "
+            "--saturating-cpu out."
+        )
+    with torch.no_grad():
+        exact = emulate(quantized, torch.from_numpy(source.images)).numpy()
+    write = partial(to_litert.integer_model, quantized, largest_score=float(np.abs(exact).max()))
+    said = {f"edgecompress.{name}": text for name, text in source.metadata.items()}
+    model = write(interface=interface, preprocessing=source.preprocessing, metadata=said)
+    checks = verify.Checks({"verified": False})
+    if check:
+        inside = replace(interface, input="float32", layout="nchw", pixels=False, head="scores")
+        plain = model if interface.is_plain else write(interface=inside)
+        checks = check_litert(plain, quantized, source.images, exact, class_scores=source.task.class_scores)
+        if plain is not model:
+            _require_same_answers(checks, source, LiteRtRunner(model.data), LiteRtRunner(plain.data))
+            whole = check_contents(model, quantized)
+            checks.values |= whole.values
+            checks.failures += whole.failures
+        peak = planned_activation_bytes(source.graph, quantized.tensors)
+        limit = verify.check_memory(peak, len(model.data), source.target.memory_mb)
+        checks.values |= limit.values
+        checks.failures += limit.failures
+    return Made(
+        files={"model.tflite": model.data},
+        checks=checks,
+        inputs=model.inputs,
+        outputs=model.outputs,
+        oldest_runtime=to_litert.oldest_runtime(model),
+    )
+
+
+EXPORTERS: dict[str, Exporter | DirectExporter] = {
     "onnx": Exporter("float", "model.onnx", _write_onnx, _check_onnx),
     "onnxruntime": Exporter("ort", "model.int8.onnx", _write_ort, _check_ort),
     "ort": Exporter(
@@ -179,6 +273,7 @@ EXPORTERS: dict[str, Exporter] = {
     ),
     "ncnn": Exporter("float", "model.ncnn.param", _write_plain, _check_onnx, convert=conversions.ncnn),
     "executorch": Exporter("xnnpack", "model.pte", _write_plain, _check_onnx, convert=conversions.executorch),
+    "litert": DirectExporter("litert", "model.tflite", _make_litert),
     "openvino": Exporter("ort", "model.openvino.onnx", _write_openvino, _check_openvino),
     "tensorrt": Exporter("trt", "tensorrt/model.onnx", _write_trt, _check_trt, _files_for_the_device),
 }
@@ -209,29 +304,16 @@ def export(source: ExportSource, format_name: str, folder: Path, *, check: bool 
             f"The outputs of the task '{source.task.name}' are no scores of classes, so that no {interface.head} can follow. "
             "Leave --head out."
         )
-    model = exporter.write(source)
-    plain = model.SerializeToString()
-    checks = exporter.check(source, plain) if check else verify.Checks({"verified": False})
-    model = adapt(model, interface, source.preprocessing)
-    data = model.SerializeToString()
-    if check and data != plain:
-        onnx.checker.check_model(data, full_check=True)
-        same = _same_answers(source, data, plain)
-        checks.require(
-            same >= 0.99, "interface_agreement", same, f"with {interface} {1 - same:.1%} of its answers change"
-        )
+    made = exporter.make(source, check)
+    checks = made.checks
     if check and source.labels is not None and checks.outputs is not None:
         checks.values |= _score(source.task, checks.outputs, source.labels)
-    converted = exporter.convert(source, data, check) if exporter.convert and not checks.failures else None
-    if converted is not None:
-        checks.values |= converted.checks.values
-        checks.failures += converted.checks.failures
     if checks.failures:
         raise GoalMissedError(
             f"The {format_name} export failed its proof: {'; '.join(checks.failures)}. Nothing was written; report it with the run folder."
         )
     path = folder / exporter.file_name
-    _write_all(folder, converted.files if converted else {exporter.file_name: data})
+    _write_all(folder, made.files)
     if exporter.beside is not None:
         exporter.beside(source, path.parent)
     artifact = Artifact(
@@ -239,13 +321,13 @@ def export(source: ExportSource, format_name: str, folder: Path, *, check: bool 
         format=format_name,
         dialect=exporter.dialect,
         sha256=file_sha256(path),
-        size_bytes=sum(len(content) for content in converted.files.values()) if converted else len(data),
+        size_bytes=sum(len(content) for content in made.files.values()),
         policy_sha256=sha256(source.policy.model_dump_json().encode()),
-        inputs=_signature(model.graph.input),
-        outputs=_signature(model.graph.output),
-        opset=model.opset_import[0].version,
-        ir_version=model.ir_version,
-        oldest_runtime=converted.oldest_runtime if converted else _oldest(exporter, source, model),
+        inputs=dict(made.inputs),
+        outputs=dict(made.outputs),
+        opset=made.opset,
+        ir_version=made.ir_version,
+        oldest_runtime=made.oldest_runtime,
         facts=source.facts,
         preprocessing=source.preprocessing,
         checks=checks.values,
@@ -266,15 +348,16 @@ def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
         raise
 
 
-def _same_answers(source: ExportSource, model: bytes, plain: bytes) -> float:
-    """Share of images for which ``model`` answers what ``plain`` answers for the same pixels."""
+def _require_same_answers(checks: verify.Checks, source: ExportSource, outer: Runner, inner: Runner) -> None:
+    """A file with an interface around it (``outer``) answers to the same pixels what the plain one (``inner``) does."""
     interface, how = source.interface, source.preprocessing
     images = on_pixel_grid(source.images, how) if interface.takes_pixels else source.images
-    outer, inner = OnnxRuntimeRunner(model, optimise=False), OnnxRuntimeRunner(plain, optimise=False)
     wanted, found = run_all(inner, images), run_all(outer, interface.images(images, how))
     if interface.head == "argmax":
-        return float((found == wanted.argmax(1)).mean())
-    return verify.agreement(found, wanted, class_scores=source.task.class_scores)
+        same = float((found == wanted.argmax(1)).mean())
+    else:
+        same = verify.agreement(found, wanted, class_scores=source.task.class_scores)
+    checks.require(same >= 0.99, "interface_agreement", same, f"with {interface} {1 - same:.1%} of its answers change")
 
 
 def _score(task: Task, outputs: NDArray[np.float32], labels: NDArray[Any]) -> dict[str, verify.Value]:

@@ -21,6 +21,7 @@ from edgecompress.spec import Preprocessing
 InputType = Literal["float32", "uint8"]
 Layout = Literal["nchw", "nhwc"]
 Head = Literal["scores", "softmax", "argmax"]
+Int4 = Literal["fast", "never", "always"]
 Images = NDArray[np.float32]
 PROPERTY = "edgecompress.interface"
 
@@ -31,7 +32,8 @@ class Interface:
 
     ``pixels``: the file takes 0 to 255 and normalises itself (always with ``uint8``). ``batch`` 0 is a free batch; None is
     what suits the format. ``bare``: short names, no metadata. ``saturating_cpu``: weights of at most 7 bits, see `saturation`.
-    ``allow_float``: what a runtime cannot take as integers may be float.
+    ``allow_float``: what a runtime cannot take as integers may be float. ``int4``: which LiteRT layers of at most 4 bits are
+    stored so: those that are not slower for it, none (for older runtimes), or all.
     """
 
     input: InputType = "float32"
@@ -43,12 +45,14 @@ class Interface:
     bare: bool = False
     saturating_cpu: bool = False
     allow_float: bool = False
+    int4: Int4 = "fast"
 
     def __post_init__(self) -> None:
         for value, kind, what in (
             (self.input, InputType, "input"),
             (self.layout, Layout, "layout"),
             (self.head, Head, "head"),
+            (self.int4, Int4, "use of INT4"),
         ):
             if value not in get_args(kind):
                 raise UsageError(f"Unknown {what} '{value}'; choose {' or '.join(get_args(kind))}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -103,18 +104,34 @@ class ExecuTorchRunner:
 class LiteRtRunner:
     """A ``.tflite`` file of float or uint8 images.
 
+    Args:
+        model: a path or the bytes of a file.
+        xnnpack: False runs LiteRT's own kernels in the place of XNNPACK's, as devices without XNNPACK do.
+        keep: all tensors stay readable after a run, see `tensor`.
+
     Raises:
         MissingBackendError: LiteRT is not installed. BadFileError: it refuses the file.
     """
 
-    def __init__(self, path: Path, *, threads: int = 1) -> None:
+    def __init__(self, model: Path | bytes, *, threads: int = 1, xnnpack: bool = True, keep: bool = False) -> None:
         try:
-            from ai_edge_litert.interpreter import Interpreter
+            from ai_edge_litert.interpreter import Interpreter, OpResolverType
         except ImportError as error:
             raise missing("LiteRT", "litert") from error
+        path = model if isinstance(model, Path) else "the model"
+        kernels = OpResolverType.AUTO if xnnpack else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+        content = model.read_bytes() if isinstance(model, Path) else model
         try:
-            self._interpreter: Any = Interpreter(model_path=str(path), num_threads=threads)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # keeping tensors takes memory, it says
+                self._interpreter: Any = Interpreter(
+                    model_content=content,
+                    num_threads=threads,
+                    experimental_op_resolver_type=kernels,
+                    experimental_preserve_all_tensors=keep,
+                )
             self._interpreter.allocate_tensors()
+            self.metadata = _litert_metadata(content)
         except Exception as error:
             raise BadFileError(f"LiteRT {version('ai-edge-litert')} refuses {path}: {error}") from error
         entries, results = self._interpreter.get_input_details(), self._interpreter.get_output_details()
@@ -134,3 +151,20 @@ class LiteRtRunner:
         self._interpreter.invoke()
         result: Floats = self._interpreter.get_tensor(self._result["index"]).copy()
         return result
+
+    def tensor(self, number: int) -> NDArray[Any]:
+        """A tensor of the last run by its number in the file; needs ``keep``."""
+        result: NDArray[Any] = self._interpreter.get_tensor(number)
+        return result
+
+
+def _litert_metadata(content: bytes) -> dict[str, str]:
+    """The named texts of a ``.tflite`` file that are ours."""
+    from ai_edge_litert.schema_py_generated import Model
+
+    model = Model.GetRootAs(content, 0)
+    found = (model.Metadata(number) for number in range(model.MetadataLength()))
+    named = {entry.Name().decode(): model.Buffers(entry.Buffer()) for entry in found if entry.Name()}
+    return {
+        name: bytes(buffer.DataAsNumpy()).decode() for name, buffer in named.items() if name.startswith("edgecompress.")
+    }

@@ -2,7 +2,8 @@
 
 XNNPACK computes in s8 with zero points: a u8 value with zero point 0 has -128, one with 128 has 0. Weights lie as int8
 whatever their bits; fewer activation bits are a clamp that the kernel before absorbs. It takes a layer as integers only
-with an integer result, so that the scores have 8 bits here, on the range seen on the images of the proof.
+with an integer result, so that the scores have 8 bits here, on the range seen on the images of the proof. What it has no
+integer kernel for (`float_operators`) it computes in float, between values that are quantised.
 """
 
 from __future__ import annotations
@@ -12,16 +13,23 @@ import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgecompress.errors import UsageError
+from edgecompress.exporters.emulate import meets_a_constant
 from edgecompress.exporters.more_runners import missing
-from edgecompress.graph import Graph, quiet
-from edgecompress.interpret import float_constants, run
+from edgecompress.graph import LAYER_OPS, Graph, quiet
+from edgecompress.interpret import apply, float_constants, run
 from edgecompress.quantize import QuantizedGraph, TensorRange, find_points
+
+INTEGER_OPERATORS = (
+    *LAYER_OPS, "Add", "Sub", "Mul", "Relu", "Clip", "MaxPool", "GlobalAveragePool", "Concat", "Flatten", "Reshape",
+    "Transpose", "Slice", "Identity",
+)  # fmt: skip
 
 
 class FloatNetwork(nn.Module):
@@ -29,14 +37,18 @@ class FloatNetwork(nn.Module):
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()
-        self._graph, self._names = graph, {}
+        self._graph, self._names, self._sizes = graph, {}, {}
+        places = {name for node in graph.nodes if node.op in ("Slice", "Reshape") for name in node.inputs[1:]}
         for number, (name, value) in enumerate(float_constants(graph).items()):
+            if name in places:  # a buffer's numbers are data, on which the program must not depend
+                self._sizes[name] = value.reshape(-1).tolist()
+                continue
             self.register_buffer(f"constant{number}", value)
             self._names[name] = f"constant{number}"
 
-    def constants(self) -> dict[str, Tensor]:
-        """Every constant by its name in the graph."""
-        return {name: getattr(self, key) for name, key in self._names.items()}
+    def constants(self) -> dict[str, Any]:
+        """Every constant by its name in the graph; sizes and places of slices as a list."""
+        return {name: getattr(self, key) for name, key in self._names.items()} | self._sizes
 
     def forward(self, x: Tensor) -> Tensor:
         return run(self._graph, x, self.constants())
@@ -70,18 +82,51 @@ class IntegerNetwork(FloatNetwork):
             values, scale, zero = (getattr(self, f"{kind}{number}") for kind in ("values", "scale", "zero"))
             constants[name] = operators.dequantize_per_channel(values, scale, zero, 0, -127, 127, torch.int8)
 
-        def on_grid(name: str, value: Tensor) -> Tensor:
+        integers: dict[str, Tensor] = {}
+
+        def keep(name: str, value: Tensor) -> None:
             how = self._tensors.get(name)
             if how is None:
-                return value
+                constants[name] = value
+                return
             low, high = how.limits
             if how.bits < 8 and self._owner.get(name, name) == name:
                 value = F.hardtanh(value, low * how.scale, high * how.scale)
-            grid = (how.scale, 0 if how.signed else -128, -128, 127, torch.int8)
-            result: Tensor = operators.dequantize_per_tensor(operators.quantize_per_tensor(value, *grid), *grid)
-            return result
+            integers[name] = operators.quantize_per_tensor(value, *_grid(how))
 
-        return run(self._graph, x, constants, on_grid)
+        def read(name: str, on: str | None) -> Any:
+            """Each reader dequantises for itself: shared by two, the partitions around them would wait for each other."""
+            if name not in integers:
+                return constants.get(name)
+            value = operators.dequantize_per_tensor(integers[name], *_grid(self._tensors[name]))
+            if on is None or _grid(self._tensors[on]) == _grid(self._tensors[name]):
+                return value
+            grid = _grid(self._tensors[on])  # XNNPACK joins values of one grid only
+            return operators.dequantize_per_tensor(operators.quantize_per_tensor(value, *grid), *grid)
+
+        keep(self._graph.inputs[0], x)
+        for node in self._graph.nodes:
+            result = node.outputs[0]
+            on = result if node.op == "Concat" and result in self._tensors else None
+            keep(result, apply(node, [read(name, on) for name in node.inputs]))
+        outputs: Tensor = read(self._graph.outputs[0], None)
+        return outputs
+
+
+def _grid(how: TensorRange) -> tuple[float, int, int, int, torch.dtype]:
+    """Step, zero point, limits and type, as PyTorch's quantise operators take them."""
+    return how.scale, 0 if how.signed else -128, -128, 127, torch.int8
+
+
+def float_operators(quantized: QuantizedGraph) -> list[str]:
+    """Operators that XNNPACK has no integer kernel for, as ``op name``."""
+    return [
+        f"{node.op} {node.name}"
+        for node in quantized.graph.nodes
+        if node.op not in INTEGER_OPERATORS
+        or (node.op in LAYER_OPS and node.name not in quantized.weights)
+        or meets_a_constant(quantized.graph, node)
+    ]
 
 
 def _clamps_alone(graph: Graph, tensors: Mapping[str, TensorRange]) -> Graph:

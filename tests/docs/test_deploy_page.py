@@ -26,6 +26,7 @@ from edgecompress.exporters.runners import OnnxRuntimeRunner
 
 PAGE = "guides/deploy.md"
 EXAMPLES = DOCS / "examples"
+needs_litert = pytest.mark.skipif(importlib.util.find_spec("ai_edge_litert") is None, reason="LiteRT is not installed")
 MODELS = ("model.int8.onnx", "model.onnx")
 
 
@@ -95,12 +96,35 @@ def test_snippet_resizes_and_cuts_as_torchvision_does(snippet: ModuleType, size:
     assert np.abs(snippet.prepare(image, how) - ((pixels - 0.5) / 0.2)[None].numpy()).max() < 1e-5
 
 
-def test_both_python_snippets_prepare_alike() -> None:
+@needs_litert
+def test_litert_snippet_runs_as_a_program_without_our_code(
+    tiny_run: Path, photos: list[Path], digits: Dataset, tmp_path: Path
+) -> None:
+    from edgecompress.exporters.more_runners import LiteRtRunner
+    from edgecompress.pipeline import export_run
+
+    export_run(tiny_run, "litert", out=tmp_path / "out")
+    runner = LiteRtRunner(tmp_path / "out/model.tflite")
+    wanted = digits.normalise(digits.test.images[: len(photos)]).numpy()
+    classes = [digits.classes[int(runner.run(image[None]).argmax())] for image in wanted]
+    command = [
+        sys.executable,
+        str(EXAMPLES / "classify_litert.py"),
+        str(tmp_path / "out/model.tflite"),
+        *map(str, photos),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(": ")[2].partition(" ")[0] for line in done.stdout.splitlines()] == classes
+    assert "edgecompress import" not in (EXAMPLES / "classify_litert.py").read_text()
+
+
+def test_all_python_snippets_prepare_alike() -> None:
     bodies = []
-    for name in ("classify_onnxruntime.py", "classify_tensorrt.py"):
+    for name in ("classify_onnxruntime.py", "classify_tensorrt.py", "classify_litert.py"):
         tree = ast.parse((EXAMPLES / name).read_text(encoding="utf-8"))
         bodies.append(next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "prepare"))
-    assert ast.dump(bodies[0]) == ast.dump(bodies[1])
+    assert len({ast.dump(body) for body in bodies}) == 1
 
 
 def test_tensorrt_snippet_compiles_and_uses_what_the_script_has(tiny_run: Path) -> None:

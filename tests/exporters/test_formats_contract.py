@@ -35,7 +35,7 @@ from edgecompress.trace import trace
 
 SHAPE = (3, 16, 16)
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
-OWN_RUNTIME = ("ncnn", "executorch")  # see test_more_runtimes.py
+OWN_RUNTIME = ("ncnn", "executorch", "litert")  # see test_more_runtimes.py and test_litert.py
 NAMES = [
     pytest.param(name, marks=needs_openvino) if name == "openvino" else name
     for name in EXPORTERS

@@ -9,16 +9,17 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from sample_networks import patterns
+from sample_networks import integer_case, patterns
 from test_formats_contract import files, make_source
 
 from edgecompress.errors import BadFileError, EdgeCompressError, MissingBackendError, UsageError
 from edgecompress.evaluation import evaluate_artifact
-from edgecompress.exporters import to_executorch
+from edgecompress.exporters import conversions, to_executorch
 from edgecompress.exporters.artifacts import open_artifact
 from edgecompress.exporters.formats import export
 from edgecompress.exporters.interface import Interface
 from edgecompress.exporters.runners import OnnxRuntimeRunner, measure_latency_us
+from edgecompress.exporters.to_onnx import float_model
 
 needs_ncnn = pytest.mark.skipif(not (find_spec("ncnn") and find_spec("pnnx")), reason="ncnn or pnnx is not installed")
 needs_executorch = pytest.mark.skipif(find_spec("executorch") is None, reason="executorch is not installed")
@@ -94,6 +95,29 @@ def test_missing_runtime_says_what_to_install(suffix, module, extra, tmp_path, m
         open_artifact(tmp_path / f"x{suffix}")
 
 
+def operators_source(name):
+    """A source around one of the networks of uncommon operators."""
+    case = integer_case(name)
+    quantized = case.quantized(8, 8)
+    return replace(make_source("residual"), graph=case.graph, quantized=quantized, images=case.images.numpy())
+
+
+@needs_executorch
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "floats"), [("gated", {"HardSigmoid", "Sigmoid"}), ("dense", {"AveragePool"}), ("shuffled", set())]
+)
+def test_executorch_computes_single_operators_in_float_where_allowed(name, floats):
+    source = operators_source(name)
+    model = float_model(source.graph, batch=1).SerializeToString()
+    allowed = replace(source, interface=Interface(allow_float=bool(floats)))
+    checks = conversions.executorch(allowed, model, True).checks
+    assert not checks.failures and checks.values["integers"] and checks.values["left_to_portable_kernels"] == "nothing"
+    named = checks.values["float_islands"].split(", ") if floats else []
+    assert {island.split()[0] for island in named} == floats and checks.values["executorch_error"] < 0.05
+
+
 @needs_executorch
 @pytest.mark.filterwarnings("ignore")  # its interface calls itself experimental
 @pytest.mark.slow
@@ -115,6 +139,9 @@ def test_executorch_program_computes_integers_or_says_why_not(tmp_path, monkeypa
         export(source, "executorch", tmp_path / "float")
     allowed = replace(source, interface=Interface(allow_float=True))
     assert export(allowed, "executorch", tmp_path / "float").checks["integers"] is False
+    gated = operators_source("gated")
+    with pytest.raises(UsageError, match=r"no integer kernel for HardSigmoid .*, and nothing else, in float"):
+        conversions.executorch(gated, float_model(gated.graph, batch=1).SerializeToString(), True)
     (tmp_path / "x.pte").write_bytes(b"no program")
     with pytest.raises(BadFileError, match="refuses"):
         open_artifact(tmp_path / "x.pte")

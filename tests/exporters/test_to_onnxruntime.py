@@ -19,7 +19,7 @@ from edgecompress.exporters.runners import OnnxRuntimeRunner, is_x86
 from edgecompress.exporters.saturation import without_saturation
 from edgecompress.exporters.sizes import FileSize, PlannedSize, stored_bytes
 from edgecompress.exporters.to_onnxruntime import gate_steps, grid, int32_bias, integer_model
-from edgecompress.exporters.verify import FLOAT_OPS, agreement, fusion_report, optimised_operators
+from edgecompress.exporters.verify import FLOAT_OPS, agreement, check_ort, fusion_report, optimised_operators
 from edgecompress.graph import build_graph
 from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.learned_steps import LearnedSteps
@@ -318,3 +318,26 @@ def test_pooling_to_the_size_that_is_there_is_left_out():
     pool = torch.nn.AdaptiveAvgPool2d(6)
     graph = build_graph(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), pool, torch.nn.ReLU()), (3, 8, 8), "pooled")
     assert [node.op for node in graph.nodes] == ["Conv", "Relu"]
+
+
+@needs_x86
+def test_a_constant_in_a_sum_or_product_is_a_named_float_island():
+    """``x + 1`` and ``x * 0.5``: no integer kernel takes a float constant."""
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.fc((0.5 * self.conv(x) + 1).mean((2, 3)))
+
+    images = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(1))
+    graph = build_graph(Network(), (3, 12, 12), "constants")
+    simulator = Simulator(graph, calibrate(graph, [images], samples=4000))
+    quantized = simulator.quantized(
+        {layer.name: LayerChoice(weight_bits=8, activation_bits=8) for layer in graph.layers}
+    )
+    checks = check_ort(integer_model(quantized).SerializeToString(), quantized, images.numpy())
+    assert not checks.failures and checks.values["emulator_max_difference"] == 0
+    assert [island.split()[0] for island in float_islands(quantized)] == ["Mul", "Add"]
