@@ -1,8 +1,9 @@
 """The agent learns in a model of the accuracy: it plays many cheap episodes for each policy that is really evaluated.
 
 Dyna (Sutton 1990) in the form of MBPO (Janner et al. 2019): the model, here a Gaussian process over all trials, answers
-for the one thing that is expensive, and the cost of a policy is exact. What the actor writes, and a share of mutations of
-the best, stand for election; the one of highest expected improvement is evaluated.
+for the one thing that is expensive, and the cost of a policy is exact. What the actor writes, a share of mutations of the
+best, and what these become in a short evolution inside the model stand for election; the one of highest expected improvement
+is evaluated.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ Floats = NDArray[np.float64]
 GENERATION = 8  # episodes played side by side
 NOISE = (0.02, 0.3)  # standard deviation of an episode's exploration, in wishes, drawn log-uniformly
 BATCH = 2  # policies evaluated between two rounds of imagination
+REFINEMENTS = 3  # generations of that evolution: each mutates the best `PARENTS` candidates `CHILDREN` times
+CHILDREN = 4
 MEMORY = 400  # episodes that the replay holds
 _IDLE = 10  # elections in a row of nothing new: six rounds of a few dozen policies each
 
@@ -53,7 +56,7 @@ class Imagination:
         self._agent = OffPolicyAgent(settings.agent, self._envs[0], settings.seed, episodes=MEMORY)
         self._held: list[tuple[int, Choice]] = []  # what each place of the replay holds: space and policy
         self._costs: dict[Choice, Cost] = {}
-        self._written = 0
+        self._written = self._rounds = 0
         self._scales: dict[int, tuple[float, float]] = {}
         guess = RandomAgent(settings.seed + 1)
         for which, space in enumerate(spaces):
@@ -81,7 +84,23 @@ class Imagination:
         for _ in range(mutations):
             choice = changed(space, parents[int(self._random.integers(len(parents)))], self._random)
             written.setdefault(choice, "mutation")
+        self._refine(written, which, trials)
         return self._elected(written, trials)
+
+    def _refine(self, written: dict[Choice, str], which: int, trials: Sequence[Trial]) -> None:
+        """Add mutations of the candidates of highest expected improvement, generation by generation."""
+        space = self.spaces[which]
+        for _ in range(REFINEMENTS):
+            fresh = [choice for choice in written if choice not in self.scorer.trials]
+            for place in np.argsort(-self._gains(fresh, trials), kind="stable")[:PARENTS] if fresh else ():
+                for _ in range(CHILDREN):
+                    written.setdefault(changed(space, fresh[int(place)], self._random), "mutation")
+
+    def _gains(self, choices: Sequence[Choice], trials: Sequence[Trial]) -> Floats:
+        """Expected improvement on the highest mean that the model gives to an evaluated policy."""
+        mean, deviation = self._rewards(choices)
+        best = max(self._rewards([trial.choice for trial in trials])[0], default=float(mean.min()))
+        return expected_improvement(mean, deviation, float(best))
 
     def _of_others(self, which: int) -> list[Choice]:
         """The best policy under each other budget, brought under this one."""
@@ -90,16 +109,18 @@ class Imagination:
         return [space.project(space.wishes(found[0].choice)) for found in leaders if found]
 
     def _elected(self, written: dict[Choice, str], trials: Sequence[Trial]) -> list[tuple[Choice, str]]:
-        """The `BATCH` of highest expected improvement; after each, the model believes its own mean of it (Ginsbourger et al.
-        2010), so that the next one is not its neighbour."""
+        """The `BATCH` of highest expected improvement, in every second round one of them the actor's own; after each, the
+        model believes its own mean of it (Ginsbourger et al. 2010), so that the next one is not its neighbour."""
+        self._rounds += 1
         asked = list(self.scorer.trials.values())
         choices, scores = [t.choice for t in asked], [t.believed for t in asked]
         fresh = [choice for choice in written if choice not in self.scorer.trials] or list(written)
         elected: list[tuple[Choice, str]] = []
         while fresh and len(elected) < min(BATCH, max(self.scorer.left, 1)):
-            mean, deviation = self._rewards(fresh)
-            best = max(self._rewards([trial.choice for trial in trials])[0], default=float(mean.min()))
-            chosen = fresh.pop(int(np.argmax(expected_improvement(mean, deviation, float(best)))))
+            own = self._rounds % 2 == 0 and len(elected) == BATCH - 1 and all(arm == "mutation" for _, arm in elected)
+            able = [choice for choice in fresh if not own or written[choice] != "mutation"] or fresh
+            chosen = able[int(np.argmax(self._gains(able, trials)))]
+            fresh.remove(chosen)
             elected.append((chosen, written[chosen]))
             choices, scores = [*choices, chosen], [*scores, float(self._model.predict([chosen])[0][0])]
             self._model.fit(choices, scores)
