@@ -1,8 +1,8 @@
 """The headline: python benchmarks/headline.py [--quick] [--networks vgg19_bn_cifar,...] [--kinds original,tuned,ours,...]
 
 VGG-19-BN, VGG-16-BN and ResNet-56 on CIFAR-10 against the paper and against what one would use otherwise; VGG-16 at 224x224 for
-its size alone. Needs EDGECOMPRESS_DATA with cifar10-jpeg.tar.gz. Baselines are trained here (ResNet-56 has a checkpoint): a GPU
-takes minutes for it, two cores half an hour an epoch for a VGG. Finished cells lie in docs/benchmarks/headline_cells.json and below
+its size alone. Needs EDGECOMPRESS_DATA with cifar10-jpeg.tar.gz. Baselines are trained here (ResNet-56 has a checkpoint), which
+wants a GPU for the VGGs. Finished cells lie in docs/benchmarks/headline_cells.json and below
 build/headline, from which an interrupted run goes on; `--time` measures the latency of all files there in turns and wants
 a quiet machine; `--collect` only renders the page.
 """
@@ -61,21 +61,22 @@ def latencies(cells: Cells, effort: Effort, rounds: int = 7) -> None:
         times: dict[str, list[float]] = {name: [] for name in here}
         for _ in range(rounds):
             for name, path in here.items():  # one session alive at a time
-                runner = OnnxRuntimeRunner(path, precise=not _exact_in_seven_bits(path))
+                runner = OnnxRuntimeRunner(path, precise=not _exact_in_seven_bits(path, known[name]))
                 times[name].append(measure_latency_us(runner, x, seconds=0.7)["median_us"])
         for name, values in times.items():
             cells.replace(name, known[name] | {"latency_us": round(sorted(values)[rounds // 2], 1)})
             print(f"     {name}: {sorted(values)[rounds // 2]:.1f} us", flush=True)
 
 
-def _exact_in_seven_bits(path: Path) -> bool:
-    """Our files for CPUs without VNNI, and those that ONNX Runtime's quantiser wrote with its reduced range."""
+def _exact_in_seven_bits(path: Path, cell: Cell) -> bool:
+    """Our files for CPUs without VNNI, and those that ONNX Runtime's quantiser wrote with its reduced range; all others, NNCF's too,
+    are timed with the kernels that are exact at 8 bits."""
     import onnx
 
     from edgecompress.exporters.saturation import SATURATION
 
     properties = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
-    return properties.get(SATURATION) == "none" or path.stem.split("-")[-1] in ("MinMax", "Entropy", "Percentile")
+    return properties.get(SATURATION) == "none" or cell.get("quantised", "").startswith("onnxruntime")
 
 
 def rehearse() -> None:

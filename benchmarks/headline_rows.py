@@ -14,7 +14,7 @@ SEEDS = (0, 1, 2)
 PAPER = "vgg19_bn_cifar"
 EQUAL = 0.1  # points of accuracy that a peer may be below ours and still count as equal
 NOT_YET = "its cells are not finished"
-WHERE = "a baseline of 93 % takes a GPU: two cores need half an hour for each of its epochs"
+WHERE = "its baseline is not trained; that wants a GPU"
 IMAGENET = "edgecompress compress --model vgg16 --weights DEFAULT --data imagenet --target x86 --budget params=0.03x,size=0.0075x"
 
 
@@ -42,7 +42,7 @@ def rows(bench: Benchmark, known: Mapping[str, Cell], effort: Effort) -> None:
     bench.details["ImageNet"] = {
         "command": IMAGENET,
         "expects": "an ImageFolder with train/ and val/; the network's published weights are downloaded",
-        "cost": "not run by us: with 1.28 million images one epoch of fine-tuning is hours on one GPU, days on a CPU",
+        "cost": "a guess, not run by us: with 1.28 million images one epoch of fine-tuning is hours on one GPU, days on a CPU",
     }
 
 

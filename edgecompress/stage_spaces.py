@@ -196,4 +196,4 @@ def _layer_features(
     return _scaled(list(zip(*rows, strict=True)))
 
 
-__all__ = ["ELEMENTS", "FLOAT_BITS", "allowed_widths", "bitwidth_space", "channel_space"]
+__all__ = ["ELEMENTS", "allowed_widths", "bitwidth_space", "channel_space"]

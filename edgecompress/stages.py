@@ -30,8 +30,19 @@ from edgecompress.reward import reward_by_name
 from edgecompress.runs import RunFolder
 from edgecompress.search import SearchSettings, search, top
 from edgecompress.spaces import Evaluator, Limit, SearchSpace
-from edgecompress.spec import Budget, CompressionPolicy, Config, Cost, LayerChoice, Network, Stage, Target, Trial
-from edgecompress.stage_spaces import ELEMENTS, FLOAT_BITS, channel_space
+from edgecompress.spec import (
+    FLOAT_BITS,
+    Budget,
+    CompressionPolicy,
+    Config,
+    Cost,
+    LayerChoice,
+    Network,
+    Stage,
+    Target,
+    Trial,
+)
+from edgecompress.stage_spaces import ELEMENTS, channel_space
 from edgecompress.trace import Traced
 from edgecompress.variational import (
     WeightNoise,
