@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from edgecompress.checkpoints import load_weights
 from edgecompress.data import Dataset, Split
 from edgecompress.files import written_whole
-from edgecompress.finetune import TrainSettings, train
+from edgecompress.finetune import TrainSettings, trained_once
 from edgecompress.graph import Graph, build_graph
 from edgecompress.models import build_model
 from edgecompress.spec import Preprocessing
@@ -113,23 +113,11 @@ def trained(
     model: nn.Module, title: str, data: Dataset, settings: TrainSettings, teacher: nn.Module | None = None
 ) -> nn.Module:
     """``model`` after a training that goes on where it was broken off, and is done once."""
-    from safetensors.torch import load_file, save_file
-
-    path = KEPT / f"{title}.safetensors"
-    if path.exists():
-        model.load_state_dict(load_file(path))
-        return model.eval()
-    KEPT.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.safetensors")
     model.to(memory_format=torch.channels_last)
     if teacher is not None:
         teacher.to(memory_format=torch.channels_last)
-    train(model, data, settings, teacher=teacher, checkpoint=partial, on_epoch=_tell)
-    model.to(memory_format=torch.contiguous_format)
-    with written_whole(path) as temporary:
-        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
-    partial.unlink(missing_ok=True)
-    return model.eval()
+    trained_once(model, KEPT / f"{title}.safetensors", data, settings, teacher=teacher, on_epoch=_tell)
+    return model.to(memory_format=torch.contiguous_format)
 
 
 def _tell(epoch: int, epochs: int, loss: float) -> None:

@@ -26,8 +26,8 @@ from edgecompress.cost import count
 from edgecompress.data import Dataset, Split
 from edgecompress.exporters import to_onnx
 from edgecompress.exporters.runners import OnnxRuntimeRunner, has_vnni, run_all
-from edgecompress.files import write_bytes, written_whole
-from edgecompress.finetune import TrainSettings, train
+from edgecompress.files import write_bytes
+from edgecompress.finetune import TrainSettings, trained_once
 from edgecompress.graph import build_graph
 from edgecompress.models import build_model
 from edgecompress.report_latency import at_bits
@@ -111,19 +111,8 @@ class Lab:
         self, model: nn.Module, title: str, settings: TrainSettings, teacher: nn.Module | None = None, **how: Any
     ) -> nn.Module:
         """``model`` after a training that is done once and goes on where it was broken off."""
-        from safetensors.torch import load_file, save_file
-
         path = self.folder / "networks" / f"{title}.safetensors"
-        if path.exists():
-            model.load_state_dict(load_file(path))
-            return model.eval()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial.safetensors")
-        train(model, self.data, settings, teacher=teacher, checkpoint=partial, on_epoch=_telling(title), **how)
-        with written_whole(path) as temporary:
-            save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
-        partial.unlink(missing_ok=True)
-        return model.eval()
+        return trained_once(model, path, self.data, settings, teacher=teacher, on_epoch=_telling(title), **how)
 
     def tuning(self, seed: int) -> TrainSettings:
         """The fine-tuning that every network gets: the original, and the peers after their cuts."""

@@ -26,7 +26,7 @@ from edgecompress.cost import CostModel, LatencyModel, count
 from edgecompress.data import Dataset
 from edgecompress.episodes import Batch, augmented
 from edgecompress.fidelity import PRUNED, divergence
-from edgecompress.finetune import TrainSettings, train
+from edgecompress.finetune import TrainSettings, trained_once
 from edgecompress.importance import l2_importance
 from edgecompress.prune import prune, reestimate_on
 from edgecompress.reward import accuracy_only
@@ -365,25 +365,12 @@ def _on_both(lab: Lab, trial: Trial) -> tuple[float, float]:
 
 def fine_tuned(lab: Lab, choice: Choice | None, settings: TrainSettings, images: int) -> tuple[nn.Module, Path]:
     """A pruned network (None: the unpruned one) after its fine-tuning with distillation; goes on where it broke off."""
-    from safetensors.torch import load_file, save_file
-
-    from edgecompress.files import written_whole
-
     title = "original" if choice is None else "-".join(map(str, choice))
     how = (
         f"{settings.epochs}x{images}-{settings.learning_rate}-{settings.batch_size}-{settings.distill}-{settings.seed}"
     )
     path = FOLDER / "networks" / f"{lab.name}-{lab.key}" / f"{title}-{how}.safetensors"
     model = copy.deepcopy(lab.model) if choice is None else lab.pruned(choice)
-    if path.exists():
-        model.load_state_dict(load_file(path))
-        return model.eval(), path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial.safetensors")
     model.to(memory_format=torch.channels_last)
     teacher = copy.deepcopy(lab.model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    train(model, cifar10.dataset(images), settings, teacher=teacher, checkpoint=partial)
-    with written_whole(path) as temporary:
-        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
-    partial.unlink(missing_ok=True)
-    return model.eval(), path
+    return trained_once(model, path, cifar10.dataset(images), settings, teacher=teacher), path

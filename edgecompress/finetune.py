@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -227,19 +227,25 @@ def reference_model(
     Args:
         start: trained on from here, in place; a network with fresh weights when None.
     """
-    from safetensors.torch import load_file, save_file
-
     torch.manual_seed(seed)
     model = build_model(name, len(data.classes)) if start is None else start
     extra = "" if start is None else f"-{learning_rate}-{_digest(start)}"
     path = reference_file(name, model, data, epochs=epochs, seed=seed, extra=extra)
+    rate = learning_rate or (0.1 if data.name != "digits" else 0.05)
+    settings = TrainSettings(epochs=epochs, learning_rate=rate, distill=0.0, seed=seed, device=device)
+    return trained_once(model, path, data, settings, on_epoch=on_epoch)
+
+
+def trained_once(model: nn.Module, path: Path, data: Dataset, settings: TrainSettings, **how: Any) -> nn.Module:
+    """`train`, unless ``path`` keeps its result already; an interrupted one goes on. ``how``: further arguments of `train`."""
+    from safetensors.torch import load_file, save_file
+
     if path.exists():
         load_tensors(model, load_file(path))
         return model.eval()
-    rate = learning_rate or (0.1 if data.name != "digits" else 0.05)
-    settings = TrainSettings(epochs=epochs, learning_rate=rate, distill=0.0, seed=seed, device=device)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial.safetensors")
-    train(model, data, settings, checkpoint=partial, on_epoch=on_epoch)
+    train(model, data, settings, checkpoint=partial, **how)
     with written_whole(path) as temporary:
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary)
     partial.unlink(missing_ok=True)
