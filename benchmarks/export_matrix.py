@@ -31,7 +31,7 @@ NETWORKS = {  # the order in which they are run
     "densenet121": 224,
 }  # fmt: skip
 POLICIES = ("w8a8", "w4a8", "mixed", "pruned")
-FORMATS = ("onnx", "onnxruntime", "openvino", "tensorrt")
+FORMATS = ("onnx", "onnxruntime", "openvino", "litert", "tensorrt")
 SAFE = "onnxruntime, 7-bit weights"
 SPEED = {"resnet18": 3.0, "vgg16_bn": 3.5, "mobilenet_v2": 2.2, "resnet56": 2.0}
 QUICK = ("resnet56:w8a8", "resnet56:pruned")
@@ -310,13 +310,9 @@ def judge(bench: Benchmark, found: dict[str, dict[str, Any]], loads: dict[str, A
     failed = {f"{key} {name}": row["error"] for (key, name), row in rows.items() if "error" in row}
     every = [f"{name}:{policy}" for name in NETWORKS for policy in POLICIES]
     missing = [key for key in every if key not in found]
-    answers = sum(key.endswith("openvino") for key in failed)
-    reason = (
-        f"{answers} are OpenVINO files whose answers differ (untrained networks, a CPU without VNNI)" if answers else ""
-    )
     bar, unit = "artifacts that are not exported and verified", f"of {len(rows)}"
     if failed:
-        bench.misses(bar, len(failed), 0, unit, reason)
+        bench.misses(bar, len(failed), 0, unit, "listed under 'failed'")
     else:
         bench.at_most(bar, 0, 0, unit)
     if missing and not bench.quick:

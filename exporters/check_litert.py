@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from edgecompress.exporters.emulate import emulate
 from edgecompress.exporters.litert_writing import schema
 from edgecompress.exporters.more_runners import LiteRtRunner
+from edgecompress.exporters.operator_proof import (
+    IMAGES_FOR_OPERATORS,
+    Difference,
+    Seen,
+    operator_differences,
+    require_operators,
+)
 from edgecompress.exporters.runners import run_all
 from edgecompress.exporters.to_litert import LiteRtModel
 from edgecompress.exporters.to_onnxruntime import grid
 from edgecompress.exporters.verify import Checks, Images, agreement, relative_error
-from edgecompress.quantize import QuantizedGraph, is_fused_activation
+from edgecompress.quantize import QuantizedGraph
 
-IMAGES_FOR_OPERATORS = 2  # run with all tensors kept
-FLOAT_ERROR = 1e-3  # of the largest output, where it is no integer before
 SELDOM = 0.05  # share of values that may round otherwise; of XNNPACK an ADD does at some 0.01 %, a LEAKY_RELU at 1 %
 OFTEN = 0.25  # the same of kernels that round twice
-OUTPUT = "the output"
 WEIGHTED = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 CONVERSIONS = ("QUANTIZE", "DEQUANTIZE")
 
@@ -69,17 +73,6 @@ def _unpacked(stored: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.i
     return np.where(halves > 7, halves - 16, halves).astype(np.int8)
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Between what a value is and what its operator should make of its inputs: the largest, in steps, and at how many values."""
-
-    steps: float
-    share: float
-
-    def __str__(self) -> str:
-        return f"{self.steps:.3g} steps at {self.share:.2%} of the values"
-
-
 def allowed(model: LiteRtModel, quantized: QuantizedGraph, name: str) -> Difference:
     """One step where a rounding falls otherwise, which is seldom but where LiteRT's own kernels round twice.
 
@@ -91,36 +84,20 @@ def allowed(model: LiteRtModel, quantized: QuantizedGraph, name: str) -> Differe
     return Difference(1, OFTEN if name in model.rounded_twice else SELDOM)
 
 
-def operator_differences(model: LiteRtModel, quantized: QuantizedGraph, images: Images) -> dict[str, Difference]:
-    """By quantised value, and the output: what LiteRT computes against the emulator's kernel on the very same inputs."""
-    found: dict[str, Difference] = {}
+def runs(model: LiteRtModel, quantized: QuantizedGraph, images: Images) -> Iterator[tuple[Images, Seen, Images]]:
+    """LiteRT on ``images``, batch by batch, with all of its tensors kept; see `operator_differences`."""
     runner = LiteRtRunner(model.data, keep=True)
     for start in range(0, len(images), runner.batch):
-        part = torch.from_numpy(images[start : start + runner.batch])
-        outputs = run_all(runner, part.numpy())
+        part = images[start : start + runner.batch]
+        outputs = run_all(runner, part)
 
-        def compared(name: str, value: torch.Tensor) -> torch.Tensor:
+        def seen(name: str, count: int = len(part)) -> NDArray[np.integer] | None:
             held = model.values.get(name)
             if held is None:
-                return value
-            seen = held.in_natural_order(runner.tensor(held.number))[: len(value)] + grid(quantized, name)[1]
-            found[name] = _difference(seen - value.numpy(), found.get(name))
-            return torch.from_numpy(np.ascontiguousarray(seen))
+                return None
+            return held.in_natural_order(runner.tensor(held.number))[:count] + grid(quantized, name)[1]
 
-        with torch.no_grad():
-            wanted = emulate(quantized, part, compared).numpy()
-        step = model.step or FLOAT_ERROR * max(float(np.abs(wanted).max()), 1e-9)
-        found[OUTPUT] = _difference((outputs - wanted) / step, found.get(OUTPUT))
-    return found
-
-
-def _difference(steps: NDArray[np.generic], before: Difference | None) -> Difference:
-    distance = np.abs(steps)
-    share = float((distance >= 1).mean())
-    largest = float(distance.max())
-    if before is not None:
-        largest, share = max(largest, before.steps), max(share, before.share)
-    return Difference(largest, share)
+        yield part, seen, outputs
 
 
 def check_contents(model: LiteRtModel, quantized: QuantizedGraph) -> Checks:
@@ -178,18 +155,8 @@ def check_litert(
     the agreement of LiteRT's own kernels, without XNNPACK: they round twice.
     """
     checks = check_contents(model, quantized)
-    differences = operator_differences(model, quantized, images[:IMAGES_FOR_OPERATORS])
-    absorbed = {node.inputs[0] for node in quantized.graph.nodes if is_fused_activation(quantized.graph, node)}
-    unseen = [name for name in quantized.tensors if name not in differences and name not in absorbed]
-    limits = {name: allowed(model, quantized, name) for name in differences}
-    wrong = [*unseen]
-    for name, found_there in differences.items():
-        if found_there.steps > limits[name].steps or found_there.share > limits[name].share:
-            wrong.append(f"{name}: {found_there}")
-    worst = max(differences.values(), key=lambda found: (found.steps, found.share))
-    why = f"{len(wrong)} values are not what their operators make of their inputs ({'; '.join(wrong[:3])})"
-    checks.require(not wrong, "operator_difference", str(worst), why)
-    checks.values["operators_compared"] = len(differences)
+    differences = operator_differences(quantized, runs(model, quantized, images[:IMAGES_FOR_OPERATORS]), model.step)
+    require_operators(checks, quantized, differences, partial(allowed, model, quantized))
     runner = LiteRtRunner(model.data)
     found = checks.outputs = run_all(runner, images)
     checks.emulated = exact

@@ -126,10 +126,9 @@ def _check_onnx(source: ExportSource, data: bytes) -> verify.Checks:
 def _write_ort(source: ExportSource) -> onnx.ModelProto:
     # A TensorRT target says nothing of ONNX Runtime's opset; its integer file is for the host and for ORT on the device.
     max_opset = source.target.max_opset if source.target.exporter == "onnxruntime" else max(IR_VERSIONS)
-    safe = {SATURATION: "none"} if _avoids_saturation(source) else {}
     return integer_model(
         _for_the_cpu(source),
-        metadata=source.metadata | safe,
+        metadata=source.metadata | _said_of_saturation(source),
         max_opset=source.interface.opset(max_opset),
         batch=source.interface.batch_or(None),
     )
@@ -139,8 +138,12 @@ def _avoids_saturation(source: ExportSource) -> bool:
     return source.interface.saturating_cpu or weights_saturate(source.target)
 
 
+def _said_of_saturation(source: ExportSource) -> dict[str, str]:
+    return {SATURATION: "none"} if _avoids_saturation(source) else {}
+
+
 def _for_the_cpu(source: ExportSource) -> QuantizedGraph:
-    """The integers as ONNX Runtime's kernels on the target can take them."""
+    """The integers as the kernels of ONNX Runtime and OpenVINO on the target can take them."""
     return without_saturation(_integers(source)) if _avoids_saturation(source) else _integers(source)
 
 
@@ -174,8 +177,8 @@ def _write_plain(source: ExportSource) -> onnx.ModelProto:
 def _write_openvino(source: ExportSource) -> onnx.ModelProto:
     """The ``ort`` dialect with weights as int8 or INT4: OpenVINO knows no INT2, and runs unpacked weights in float."""
     return integer_model(
-        _integers(source),
-        metadata=source.metadata,
+        _for_the_cpu(source),
+        metadata=source.metadata | _said_of_saturation(source),
         max_opset=source.interface.opset(FOUR_BITS_OPSET),
         batch=source.interface.batch_or(None),
         unpack=False,
@@ -183,7 +186,9 @@ def _write_openvino(source: ExportSource) -> onnx.ModelProto:
 
 
 def _check_openvino(source: ExportSource, data: bytes) -> verify.Checks:
-    return verify.check_openvino(data, _integers(source), source.images, class_scores=source.task.class_scores)
+    from edgecompress.exporters.check_openvino import check_openvino
+
+    return check_openvino(data, _for_the_cpu(source), source.images, class_scores=source.task.class_scores)
 
 
 def _write_trt(source: ExportSource) -> onnx.ModelProto:

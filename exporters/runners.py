@@ -147,6 +147,11 @@ class OpenVinoRunner:
         result: Floats = self._compiled([images])[0]
         return result
 
+    def run_whole(self, images: Images) -> list[NDArray[Any]]:
+        """Every output of the file for a batch, in its order."""
+        found = self._compiled([images])
+        return [np.asarray(found[number]) for number in range(len(self._compiled.outputs))]
+
     def integer_layers(self) -> int:
         """Convolutions and matrix products that OpenVINO executes on 8-bit integers."""
         found = (operation.get_rt_info() for operation in self._compiled.get_runtime_model().get_ops())

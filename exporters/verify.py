@@ -18,7 +18,7 @@ from edgecompress.exporters import simulate_tensorrt
 from edgecompress.exporters.emulate import emulate, float_islands, runs_in_integers
 from edgecompress.exporters.onnx_writing import Names
 from edgecompress.exporters.packing import store
-from edgecompress.exporters.runners import OnnxRuntimeRunner, OpenVinoRunner, is_x86, run_all
+from edgecompress.exporters.runners import OnnxRuntimeRunner, is_x86, run_all
 from edgecompress.graph import Graph, Node
 from edgecompress.interpret import float_constants, run
 from edgecompress.quantize import QuantizedGraph, QuantizedWeight, simulate
@@ -195,25 +195,6 @@ def check_memory(activations: int, weights: int, limit_mb: int) -> Checks:
         not limit_mb or needed <= limit_mb, "activation_peak_bytes", activations,
         f"running it is planned to take {needed:.0f} MiB, the target has {limit_mb}",
     )  # fmt: skip
-    return checks
-
-
-def check_openvino(model: bytes, quantized: QuantizedGraph, images: Images, *, class_scores: bool = True) -> Checks:
-    """The file is right (`check_ort`), and OpenVINO runs its layers in 8 bits and answers as the emulator does."""
-    checks = check_ort(model, quantized, images, class_scores=class_scores)
-    runner = OpenVinoRunner(model)
-    found = checks.outputs = run_all(runner, images)
-    wanted = checks.emulated
-    assert wanted is not None
-    integer = runner.integer_layers()
-    checks.values["openvino"] = runner.runtime
-    checks.require(
-        integer >= len(quantized.weights), "openvino_integer_layers", integer,
-        f"OpenVINO runs {integer} of {len(quantized.weights)} quantised layers in 8 bits",
-    )  # fmt: skip
-    same = agreement(found, wanted, class_scores=class_scores)
-    checks.require(same >= 0.9, "openvino_agreement", same, f"only {same:.1%} of OpenVINO's answers are the emulator's")
-    checks.values["openvino_error"] = relative_error(found, wanted)
     return checks
 
 

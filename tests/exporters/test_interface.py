@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.util import find_spec
 
 import numpy as np
 import onnx
@@ -155,17 +154,6 @@ def test_plan_over_the_targets_memory_is_a_missed_goal(source, tmp_path, monkeyp
     assert caught.value.exit_code == 3 and files(tmp_path) == []
     host = source.target.model_copy(update={"memory_mb": 0})
     assert export(replace(source, target=host), "onnxruntime", tmp_path).checks["activation_peak_bytes"] == 9 << 30
-
-
-@pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
-def test_openvino_gets_weights_that_it_runs_in_integers(source, tmp_path):
-    case = integer_case("residual")
-    quantized = case.simulator.quantized(case.random_choices(0))
-    artifact = export(replace(source, quantized=quantized, graph=case.graph), "openvino", tmp_path)
-    assert artifact.checks["openvino_integer_layers"] == 7 and artifact.opset == 21
-    unpacked, written = integer_model(quantized, max_opset=21), onnx.load(tmp_path / artifact.path)
-    assert "Gather" in {node.op_type for node in unpacked.graph.node}  # look-ups, which OpenVINO computes wrongly
-    assert "Gather" not in {node.op_type for node in written.graph.node}
 
 
 def test_memory_is_measured_in_a_fresh_process(source, tmp_path):
