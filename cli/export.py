@@ -103,7 +103,7 @@ def command(
     if engine and format_name != "tensorrt":
         raise UsageError(f"--engine builds a TensorRT engine; it does not go with --format {format_name}.")
     from edgecompress.exporters.interface import Interface
-    from edgecompress.pipeline import export_run
+    from edgecompress.run_exports import export_run
 
     interface = Interface(
         input=input_type,

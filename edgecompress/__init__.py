@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgecompress.pipeline import Run as Run
     from edgecompress.pipeline import compress as compress
-    from edgecompress.pipeline import export_run as export_run
     from edgecompress.pipeline import load as load
+    from edgecompress.run_exports import export_run as export_run
 
 __version__ = version("edgecompress")
-_LAZY = ("Run", "compress", "export_run", "load")
+_LAZY = {"Run": "pipeline", "compress": "pipeline", "export_run": "run_exports", "load": "pipeline"}
 __all__ = ["Run", "__version__", "compress", "export_run", "load"]
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module("edgecompress.pipeline"), name)
+        return getattr(import_module(f"edgecompress.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'edgecompress' has no attribute '{name}'")

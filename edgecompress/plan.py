@@ -19,11 +19,12 @@ from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.models import build_model
 from edgecompress.options import resolve, run_name
 from edgecompress.original import answered, original_network
-from edgecompress.pipeline import dataset_of, formats_for, prepare
+from edgecompress.prepare import dataset_of, prepare
 from edgecompress.progress import Progress, Silent
 from edgecompress.prune import reestimate_batchnorm
 from edgecompress.rehearsal import PlannedStage, PlannedTraining, one_training, rehearse
 from edgecompress.report import UNITS
+from edgecompress.run_exports import formats_for
 from edgecompress.runs import RunFolder
 from edgecompress.spaces import SearchSpace
 from edgecompress.spec import Config, Document, Frozen, LayerChoice, Metric, Source, Stage, Trial

@@ -22,7 +22,8 @@ from edgecompress.envs import PolicyEnv
 from edgecompress.exporters.sizes import PlannedSize
 from edgecompress.finetune import TrainSettings, train
 from edgecompress.learned_steps import LearnedSteps
-from edgecompress.pipeline import at_8_bits, calibration_batches, saved_graph
+from edgecompress.pipeline import saved_graph
+from edgecompress.prepare import at_8_bits, calibration_batches
 from edgecompress.progress import Progress
 from edgecompress.quantize import Simulator, calibrate
 from edgecompress.spaces import SearchSpace

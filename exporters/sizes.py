@@ -12,11 +12,12 @@ from edgecompress.cost import Kernel, layer_params, layer_weights
 from edgecompress.exporters.onnx_writing import Names
 from edgecompress.exporters.packing import LARGE, SPARSE_ZEROS, sparse_storage, store
 from edgecompress.quantize import QuantizedGraph, QuantizedWeight, Simulator
-from edgecompress.spec import LayerSpec, Target
+from edgecompress.spec import LayerSpec, Target, WeightScales
 
 CLIP_BYTES, LIMIT_BYTES = 25, 11  # a Clip node; a u8 scalar
 NAMES_PER_LAYER = 25  # in a file whose weights are unpacked; a layer at 8 bits has a third of them
-CHANNEL_BYTES = 8  # one float32 scale and one int32 or float32 bias per output channel
+# Per output channel, in the ``ort`` dialect: an int32 bias, and where channels have scales of their own the weight's and the bias'.
+CHANNEL_BYTES = {"channel": 12, "tensor": 4}
 
 
 class PlannedSize:
@@ -27,27 +28,38 @@ class PlannedSize:
         bits: 8 where the target's dialect stores nothing smaller, otherwise the average that stage 2 is expected to reach;
             None: the bits of every layer are known.
         sparse: the file stores a layer as a bitmask with its non-zero weights where that is smaller.
+        scales: whether weights have a scale per output channel or one.
     """
 
-    def __init__(self, fixed_bytes: int, bits: float | None, *, sparse: bool = False) -> None:
-        self._fixed, self._bits, self._sparse = fixed_bytes, bits, sparse
+    def __init__(
+        self, fixed_bytes: int, bits: float | None, *, sparse: bool = False, scales: WeightScales = "channel"
+    ) -> None:
+        self._fixed, self._bits, self._sparse, self._scales = fixed_bytes, bits, sparse, scales
 
     @classmethod
     def from_file(
-        cls, file_bytes: int, layers: Sequence[LayerSpec], bits: float, *, sparse: bool = False
+        cls,
+        file_bytes: int,
+        layers: Sequence[LayerSpec],
+        bits: float,
+        *,
+        sparse: bool = False,
+        scales: WeightScales = "channel",
     ) -> PlannedSize:
         """Take what is not weights off the integer file of the unpruned network."""
         weights = sum(layer_params(layer, layer.in_channels, layer.out_channels) for layer in layers)
-        fixed = file_bytes - weights - sum(CHANNEL_BYTES * layer.out_channels for layer in layers)
-        return cls(fixed, bits, sparse=sparse)
+        fixed = file_bytes - weights - CHANNEL_BYTES[scales] * sum(layer.out_channels for layer in layers)
+        return cls(fixed, bits, sparse=sparse, scales=scales)
 
     def at_known_bits(self) -> PlannedSize:
         """The same around weights at the bits that a finished stage 2 chose, where the dialect packs them."""
-        return self if self._bits == 8 else PlannedSize(self._fixed, None, sparse=self._sparse)
+        if self._bits == 8:
+            return self
+        return PlannedSize(self._fixed, None, sparse=self._sparse, scales=self._scales)
 
     def __call__(self, kernels: Sequence[Kernel], params: int) -> int:
         weights = sum(self._stored(kernel) for kernel in kernels)
-        return round(self._fixed + weights + sum(CHANNEL_BYTES * k.out_channels for k in kernels))
+        return round(self._fixed + weights + CHANNEL_BYTES[self._scales] * sum(k.out_channels for k in kernels))
 
     def _stored(self, kernel: Kernel) -> float:
         """Bytes of one layer's weights: dense, or what `packing.store` makes of its zeros where that is smaller.

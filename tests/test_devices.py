@@ -15,7 +15,8 @@ from edgecompress.finetune import TrainSettings, accuracy_and_loss, train
 from edgecompress.graph import build_graph
 from edgecompress.learned_steps import LearnedSteps
 from edgecompress.models import build_model
-from edgecompress.pipeline import calibration_batches, compress
+from edgecompress.pipeline import compress
+from edgecompress.prepare import calibration_batches
 from edgecompress.quantize import Simulator, calibrate
 from edgecompress.spec import LayerChoice
 from edgecompress.stages import _hold_zeros

@@ -20,11 +20,12 @@ from edgecompress.files import write_document
 from edgecompress.graph import Graph, build_graph
 from edgecompress.interpret import float_constants, run
 from edgecompress.latency_tables.targets import target_by_name
-from edgecompress.pipeline import calibration_warnings, check_built, validation_warnings
 from edgecompress.posttraining import bias_corrected, equalisable, equalised, without_upper_ends
+from edgecompress.prepare import calibration_warnings, validation_warnings
 from edgecompress.quantize import Simulator, calibrate, simulate
 from edgecompress.ranges import RANGES
 from edgecompress.rounding import learned_rounding
+from edgecompress.run_exports import check_built
 from edgecompress.runs import RunFolder
 from edgecompress.spec import Architecture, CompressionPolicy, LayerChoice, Preprocessing
 from edgecompress.splits import Split
@@ -294,3 +295,13 @@ def test_relu6_that_hardly_ever_clips_becomes_a_relu_that_equalisation_passes():
     assert [node.op for node in opened.nodes if node.op in ("Relu", "Clip")] == ["Relu", "Clip"]
     torch.testing.assert_close(outputs(opened, x), outputs(graph, x))
     assert (len(equalisable(graph)), len(equalisable(opened))) == (1, 2)  # the last two layers always
+
+
+def test_a_pinned_layer_that_does_not_exist_is_told_before_any_training(tmp_path):
+    from sample_networks import Residual, patterns
+
+    from edgecompress import compress
+
+    with pytest.raises(UsageError, match="--pin-bits names 'bodi', which is no layer that can be quantised: "):
+        compress(Residual(4), patterns(), "x86", "flops=0.6x", runs=tmp_path, pin_bits="bodi=4")
+    assert not list(tmp_path.rglob("trials.jsonl")) and not list(tmp_path.rglob("checkpoints/*"))

@@ -18,7 +18,7 @@ from edgecompress.errors import BadFileError, BadModelError, UsageError
 from edgecompress.images import as_pixels
 from edgecompress.models import own_classes, own_preprocessing
 from edgecompress.original import original_network, preprocessing_of
-from edgecompress.pipeline import _Reading, dataset_of
+from edgecompress.prepare import _Reading, dataset_of
 from edgecompress.progress import Silent
 from edgecompress.spec import Config, Preprocessing
 

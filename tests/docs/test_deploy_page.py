@@ -101,7 +101,7 @@ def test_litert_snippet_runs_as_a_program_without_our_code(
     tiny_run: Path, photos: list[Path], digits: Dataset, tmp_path: Path
 ) -> None:
     from edgecompress.exporters.more_runners import LiteRtRunner
-    from edgecompress.pipeline import export_run
+    from edgecompress.run_exports import export_run
 
     export_run(tiny_run, "litert", out=tmp_path / "out")
     runner = LiteRtRunner(tmp_path / "out/model.tflite")

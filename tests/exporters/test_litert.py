@@ -17,7 +17,7 @@ from torch import nn
 
 from edgecompress.errors import BadFileError, GoalMissedError, UsageError
 from edgecompress.evaluation import evaluate_artifact
-from edgecompress.exporters import to_litert
+from edgecompress.exporters import litert_integers, to_litert
 from edgecompress.exporters.artifacts import open_artifact
 from edgecompress.exporters.emulate import emulate
 from edgecompress.exporters.formats import EXPORTERS, export
@@ -357,7 +357,7 @@ def test_the_proof_finds_changed_weights_and_unnamed_floats():
 
 
 def test_a_file_that_answers_something_else_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(to_litert, "int32_bias", lambda bias, *scales: np.zeros(len(bias), np.int32))
+    monkeypatch.setattr(litert_integers, "int32_bias", lambda bias, *scales: np.zeros(len(bias), np.int32))
     with pytest.raises(
         GoalMissedError, match=r"litert export failed its proof: \d+ values are not what .* \(relu: \d+ steps"
     ):

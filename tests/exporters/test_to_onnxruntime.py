@@ -23,6 +23,7 @@ from edgecompress.exporters.verify import FLOAT_OPS, agreement, check_ort, fusio
 from edgecompress.graph import build_graph
 from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.learned_steps import LearnedSteps
+from edgecompress.prune import prune
 from edgecompress.quantize import QuantizedGraph, Simulator, calibrate, find_points, simulate
 from edgecompress.rounding import learned_rounding
 from edgecompress.spec import CompressionPolicy, LayerChoice, Target, WeightScales
@@ -223,6 +224,22 @@ def test_planned_size_is_the_file_where_nothing_is_pruned_and_falls_with_channel
     half = CompressionPolicy(model="", keep_channels={group.id: group.width // 2 for group in network.prunable_groups})
     assert planned(kernels(network, half), 0) < whole
     assert PlannedSize.from_file(base, network.layers, 4)(kernels(network, CompressionPolicy(model="")), 0) < whole
+
+
+@pytest.mark.parametrize("scales", ["channel", "tensor"])
+def test_planned_size_of_fewer_channels_is_that_of_the_pruned_file(scales):
+    case = integer_case("residual", scales)
+    traced = trace(case.model, (3, 16, 16), "residual")
+    keep = {group.id: group.width // 2 for group in traced.network.prunable_groups}
+    graph = build_graph(prune(case.model, traced, keep), (3, 16, 16), "residual")
+    simulator = Simulator(graph, calibrate(graph, [case.images]), scales)
+    choices = {layer.name: LayerChoice(weight_bits=8, activation_bits=8) for layer in graph.layers}
+    written = integer_model(simulator.quantized(choices)).ByteSize()
+    base = integer_model(case.quantized(8, 8)).ByteSize()
+    planned = PlannedSize.from_file(base, traced.network.layers, 8, scales=scales)
+    assert planned(kernels(traced.network, CompressionPolicy(model="", keep_channels=keep)), 0) == pytest.approx(
+        written, abs=10
+    )
 
 
 @pytest.mark.parametrize(("bits", "keep"), [(8, 0.25), (8, 0.5), (4, 0.25), (4, 0.9), (8, 0.9)])
