@@ -228,6 +228,7 @@ def _table(known: Mapping[str, Cell]) -> list[dict[str, Any]]:
                 "seeds": len(cells),
                 "distinct evaluations": _spread([cell["distinct"] for cell in cells.values()]),
                 "search-val %": _spread([cell["search"] for cell in cells.values()]),
+                "search-val and 2,000 more %, which chose the final": _spread([cell["again"] for cell in cells.values()]),
                 "select-val % before fine-tuning": _spread([cell["select"] for cell in cells.values()]),
                 "test % after fine-tuning": _spread(tested),
                 "fine-tuned": len(tested),

@@ -40,7 +40,11 @@ from edgecompress.cli.flags import switch
     help="weights (as published ones expect), data (found in the images), a JSON file; auto: weights with --weights DEFAULT.",
 )  # fmt: skip
 @click.option("--target", default="jetson", show_default=True, help="Device, see 'edgecompress targets'.")
-@click.option("--budget", help="Limits such as 'flops=0.5x,size=40KB,latency=3ms'.  [default: flops=0.5x,size=0.125x]")
+@click.option(
+    "--budget",
+    help="Limits such as 'flops=0.5x,size=40KB,latency=3ms'.  [default: flops=0.5x,size=0.125x; "
+    "flops=0.5x where the target has no integer kernels]",
+)
 @click.option(
     "--max-accuracy-drop", type=click.FloatRange(min=0), metavar="POINTS",
     help="Look for the cheapest policy that loses at most this much; exit code 3 if the exported file loses more.",

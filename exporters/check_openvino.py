@@ -67,13 +67,15 @@ def _saturating(quantized: QuantizedGraph) -> set[str]:
     """Values of layers whose products do not fit 16 bits, where this CPU adds them there; see `saturation`."""
     if not is_x86() or has_vnni():
         return set()
-    graph, found = quantized.graph, set()
-    for layer in graph.layers:
-        weight = quantized.weights.get(layer.name)
-        if weight is None or weight.bits <= SAFE_BITS:
-            continue
-        value = layer.outputs[0]
-        while value not in quantized.tensors and value not in graph.outputs:
-            value = graph.consumers(value)[0].outputs[0]
-        found.add(OUTPUT if value in graph.outputs and value not in quantized.tensors else value)
-    return found
+    eight = (name for name, weight in quantized.weights.items() if weight.bits > SAFE_BITS)
+    outputs = {layer.name: layer.outputs[0] for layer in quantized.graph.layers}
+    return set().union(*(_shown_next(quantized, outputs[name]) for name in eight))
+
+
+def _shown_next(quantized: QuantizedGraph, value: str) -> set[str]:
+    """The quantised values, or `OUTPUT`, that ``value`` becomes without another one between."""
+    if value in quantized.tensors:
+        return {value}
+    readers = quantized.graph.consumers(value)
+    found = {OUTPUT} if value in quantized.graph.outputs else set()
+    return found.union(*(_shown_next(quantized, reader.outputs[0]) for reader in readers))

@@ -80,7 +80,8 @@ def engine_limits(quantized: QuantizedGraph, images: NDArray[np.float32]) -> dic
     """How far a right engine's outputs may be from the file's: ``max_error`` and ``min_agreement`` of `compare`.
 
     Three times as far as this network's own outputs are when everything between its integers is rounded to FP16, which flips
-    single roundings as other kernels do; at least a relative error of 0.1 and one image of another class.
+    single roundings as other kernels do; at least a relative error of 0.1, and 5 % of the images (one at the least) of
+    another class.
     """
     with torch.no_grad():
         x = torch.from_numpy(images)
