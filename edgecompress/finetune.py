@@ -18,6 +18,7 @@ from edgecompress.data import Dataset, Split
 from edgecompress.devices import device_by_name, lying_on
 from edgecompress.errors import EdgeCompressError
 from edgecompress.files import cache_folder, written_whole
+from edgecompress.layouts import safe_to_train
 from edgecompress.models import build_model
 from edgecompress.tasks import Task
 from edgecompress.trace import fingerprint
@@ -76,6 +77,8 @@ def train(
         UnknownNameError: no such precision or device. UsageError: no such device here.
     """
     device = device_by_name(settings.device)
+    if device.type == "cpu":
+        safe_to_train(model)
     with lying_on(device, model, teacher):
         return _trained(model, data, settings, device, teacher, penalty, noise, checkpoint, on_epoch)
 
