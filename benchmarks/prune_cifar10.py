@@ -93,6 +93,7 @@ def later_cells(lab: Lab, known: dict[str, Cell], wanted: argparse.Namespace) ->
         yield "aware", f"aware/{seed}", lambda seed=seed: _aware(lab, known, seed, wanted.episodes)
     if wanted.timed:
         yield "cost", "cost", lambda: _seconds_per_episode(lab, known)
+        yield "aware", "aware_times", lambda: _aware_times(lab, known)
     for seed in SEEDS[:3]:
         for dropout in (True, False):
             name = f"dropout/{'with' if dropout else 'without'}/{seed}"
@@ -132,6 +133,29 @@ def _aware(lab: Lab, known: dict[str, Cell], seed: int, episodes: int) -> Cell |
     cell = run_search(lab, "ddpg", (f"latency@fp32={reached:.3f}us",), seed, episodes=episodes, latency=latency)
     times = _measured_us(lab, [tuple(blind["choice"]), tuple(cell["choice"])])
     return cell | {"flops_only": {"choice": blind["choice"], "select": blind["select"]}, "measured_us": times}
+
+
+def _aware_times(lab: Lab, known: dict[str, Cell]) -> Cell | None:
+    """Times, on a quiet machine, of what FLOPs alone found and of what latency found, under either of its budgets."""
+    wanted = {
+        "FLOPs-only": [known.get(f"search/{BUDGETS[0]}/ddpg/{seed}") for seed in SEEDS[:3]],
+        "latency-aware, same predicted latency": [known.get(f"aware/{seed}") for seed in SEEDS[:3]],
+        f"latency-aware, {BUDGETS[2]}": [known.get(f"search/{BUDGETS[2]}/ddpg/{seed}") for seed in SEEDS[:3]],
+    }
+    cells = {name: [cell for cell in found if cell is not None] for name, found in wanted.items()}
+    if any(len(found) < len(SEEDS[:3]) for found in cells.values()):
+        return None
+    choices = sorted({tuple(cell["choice"]) for found in cells.values() for cell in found})
+    times = dict(zip(choices, _measured_us(lab, choices), strict=True))
+    return {
+        "finals": {
+            name: [
+                {"measured_us": times[tuple(c["choice"])], "predicted_us": c["latency_us"], "select": c["select"]}
+                for c in found
+            ]
+            for name, found in cells.items()
+        }
+    }
 
 
 def _measured_us(lab: Lab, choices: list[Choice], rounds: int = 7) -> list[float]:

@@ -148,9 +148,28 @@ def _aware(bench: Benchmark, known: Mapping[str, Cell]) -> None:
         return
     differences = [cell["select"] - cell["flops_only"]["select"] for cell in found]
     _judged(bench, bar, statistics.mean(differences), 0.0, f"{len(found)} of 3 seeds", finished=len(found) == 3)
-    bench.details["Latency-aware and FLOPs-only: measured in ONNX Runtime, us"] = [
-        cell["measured_us"] for cell in found
-    ]
+    _aware_times(bench, known.get("aware_times"))
+
+
+def _aware_times(bench: Benchmark, timed: Cell | None) -> None:
+    """What latency found against what FLOPs found, by the clock: the latency-aware final of the nearest measured time counts."""
+    bars = (
+        ("Latency-aware over FLOPs-only, measured time in ONNX Runtime, mean", 1.0, "x"),
+        ("Latency-aware less FLOPs-only at that measured time, mean on select-val", 0.0, "points"),
+    )
+    if timed is None:
+        for bar, limit, unit in bars:
+            bench.not_run(bar, limit, unit, "the timed cell is not finished (--timed)")
+        return
+    blind, *aware = timed["finals"].values()
+    nearest = min(aware, key=lambda found: _mean(found, "measured_us"))
+    bench.at_most(bars[0][0], _mean(nearest, "measured_us") / _mean(blind, "measured_us"), *bars[0][1:])
+    bench.at_least(bars[1][0], _mean(nearest, "select") - _mean(blind, "select"), *bars[1][1:])
+    bench.details["Latency-aware and FLOPs-only, three seeds each"] = timed["finals"]
+
+
+def _mean(found: Sequence[Mapping[str, float]], key: str) -> float:
+    return statistics.mean(row[key] for row in found)
 
 
 def _cost(bench: Benchmark, known: Mapping[str, Cell]) -> None:
