@@ -17,7 +17,7 @@ from edgecompress.describe import graph_of, traced_of
 from edgecompress.edges import with_edges
 from edgecompress.errors import UsageError
 from edgecompress.exporters.onnx_writing import metadata_of
-from edgecompress.exporters.sizes import PlannedSize
+from edgecompress.exporters.sizes import CHANNEL_BYTES, PlannedSize
 from edgecompress.exporters.to_onnx import float_model
 from edgecompress.files import write_bytes, write_document
 from edgecompress.latency_tables.predict import latency_model
@@ -144,7 +144,8 @@ def prepare(
     packed = target.dialect != "trt"
     size = PlannedSize.from_file(
         len(integers), traced.network.layers, PLANNED_BITS if packed else 8,
-        sparse=packed and target.max_opset >= 21, scales=target.weight_scales,
+        sparse=packed and target.max_opset >= 21,
+        channel_bytes=CHANNEL_BYTES["ort" if packed else "trt", target.weight_scales],
     )  # fmt: skip
     if not job.integer:
         size = PlannedSize(len(as_float) - 4 * cost.params, 32)

@@ -21,9 +21,8 @@ IMAGES_FOR_OPERATORS = 2  # run with all values kept
 FLOAT_ERROR = 1e-3  # of the largest output, where it is no integer before
 OUTPUT = "the output"
 
-Seen = Callable[
-    [str], NDArray[np.integer] | None
-]  # a quantised value by its name, as u8 [N, ...]; None: it is not shown
+# A quantised value by its name, as u8 [N, ...]; None: it is not shown.
+Seen = Callable[[str], NDArray[np.integer] | None]
 
 
 @dataclass(frozen=True)

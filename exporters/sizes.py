@@ -12,12 +12,13 @@ from edgecompress.cost import Kernel, layer_params, layer_weights
 from edgecompress.exporters.onnx_writing import Names
 from edgecompress.exporters.packing import LARGE, SPARSE_ZEROS, sparse_storage, store
 from edgecompress.quantize import QuantizedGraph, QuantizedWeight, Simulator
-from edgecompress.spec import LayerSpec, Target, WeightScales
+from edgecompress.spec import LayerSpec, Target
 
 CLIP_BYTES, LIMIT_BYTES = 25, 11  # a Clip node; a u8 scalar
 NAMES_PER_LAYER = 25  # in a file whose weights are unpacked; a layer at 8 bits has a third of them
-# Per output channel, in the ``ort`` dialect: an int32 bias, and where channels have scales of their own the weight's and the bias'.
-CHANNEL_BYTES = {"channel": 12, "tensor": 4}
+# Per output channel, by dialect: a bias of 4 bytes, and where channels have scales of their own the weight's; in the ``ort`` dialect
+# the bias' too.
+CHANNEL_BYTES = {("ort", "channel"): 12, ("ort", "tensor"): 4, ("trt", "channel"): 8, ("trt", "tensor"): 4}
 
 
 class PlannedSize:
@@ -28,13 +29,11 @@ class PlannedSize:
         bits: 8 where the target's dialect stores nothing smaller, otherwise the average that stage 2 is expected to reach;
             None: the bits of every layer are known.
         sparse: the file stores a layer as a bitmask with its non-zero weights where that is smaller.
-        scales: whether weights have a scale per output channel or one.
+        channel_bytes: of `CHANNEL_BYTES`.
     """
 
-    def __init__(
-        self, fixed_bytes: int, bits: float | None, *, sparse: bool = False, scales: WeightScales = "channel"
-    ) -> None:
-        self._fixed, self._bits, self._sparse, self._scales = fixed_bytes, bits, sparse, scales
+    def __init__(self, fixed_bytes: int, bits: float | None, *, sparse: bool = False, channel_bytes: int = 12) -> None:
+        self._fixed, self._bits, self._sparse, self._channel = fixed_bytes, bits, sparse, channel_bytes
 
     @classmethod
     def from_file(
@@ -44,22 +43,22 @@ class PlannedSize:
         bits: float,
         *,
         sparse: bool = False,
-        scales: WeightScales = "channel",
+        channel_bytes: int = 12,
     ) -> PlannedSize:
         """Take what is not weights off the integer file of the unpruned network."""
         weights = sum(layer_params(layer, layer.in_channels, layer.out_channels) for layer in layers)
-        fixed = file_bytes - weights - CHANNEL_BYTES[scales] * sum(layer.out_channels for layer in layers)
-        return cls(fixed, bits, sparse=sparse, scales=scales)
+        fixed = file_bytes - weights - channel_bytes * sum(layer.out_channels for layer in layers)
+        return cls(fixed, bits, sparse=sparse, channel_bytes=channel_bytes)
 
     def at_known_bits(self) -> PlannedSize:
         """The same around weights at the bits that a finished stage 2 chose, where the dialect packs them."""
         if self._bits == 8:
             return self
-        return PlannedSize(self._fixed, None, sparse=self._sparse, scales=self._scales)
+        return PlannedSize(self._fixed, None, sparse=self._sparse, channel_bytes=self._channel)
 
     def __call__(self, kernels: Sequence[Kernel], params: int) -> int:
         weights = sum(self._stored(kernel) for kernel in kernels)
-        return round(self._fixed + weights + CHANNEL_BYTES[self._scales] * sum(k.out_channels for k in kernels))
+        return round(self._fixed + weights + self._channel * sum(k.out_channels for k in kernels))
 
     def _stored(self, kernel: Kernel) -> float:
         """Bytes of one layer's weights: dense, or what `packing.store` makes of its zeros where that is smaller.

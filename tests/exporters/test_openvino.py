@@ -14,7 +14,6 @@ from edgecompress.errors import GoalMissedError
 from edgecompress.exporters import check_openvino
 from edgecompress.exporters.formats import export
 from edgecompress.exporters.interface import Interface
-from edgecompress.exporters.runners import has_vnni
 from edgecompress.exporters.to_onnxruntime import integer_model
 
 pytestmark = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
@@ -66,11 +65,16 @@ def test_an_operator_that_computes_something_else_is_named_and_nothing_is_writte
     assert files(tmp_path) == []
 
 
-@pytest.mark.skipif(has_vnni(), reason="this CPU has VNNI: nothing saturates")
-def test_layers_that_saturate_on_this_cpu_are_named_where_weights_have_eight_bits(tmp_path):
+def test_layers_that_saturate_on_this_cpu_are_named_and_answers_must_agree(tmp_path, monkeypatch):
+    monkeypatch.setattr(check_openvino, "has_vnni", lambda: False)
+    monkeypatch.setattr(check_openvino, "is_x86", lambda: True)
     case = integer_case("residual")
     source = source_of(case, case.quantized(8, 8), Interface())
     artifact = export(source, "openvino", tmp_path)
     assert artifact.checks["openvino_saturates"].startswith("7 layers of 8-bit weights on this CPU: ")
     mixed = case.quantized(4, 8)
     assert "openvino_saturates" not in export(replace(source, quantized=mixed), "openvino", tmp_path).checks
+    monkeypatch.setattr(check_openvino, "ENOUGH", 1.1)
+    with pytest.raises(GoalMissedError, match=r"saturate on this CPU\. Export with --saturating-cpu"):
+        export(source, "openvino", tmp_path)
+    assert export(replace(source, quantized=mixed), "openvino", tmp_path).checks["openvino_agreement"] <= 1

@@ -17,7 +17,7 @@ from edgecompress.exporters.emulate import emulate, float_islands
 from edgecompress.exporters.quantized_file import load_quantized, save_graph, save_quantized
 from edgecompress.exporters.runners import OnnxRuntimeRunner, is_x86
 from edgecompress.exporters.saturation import without_saturation
-from edgecompress.exporters.sizes import FileSize, PlannedSize, stored_bytes
+from edgecompress.exporters.sizes import CHANNEL_BYTES, FileSize, PlannedSize, stored_bytes
 from edgecompress.exporters.to_onnxruntime import gate_steps, grid, int32_bias, integer_model
 from edgecompress.exporters.verify import FLOAT_OPS, agreement, check_ort, fusion_report, optimised_operators
 from edgecompress.graph import build_graph
@@ -236,7 +236,7 @@ def test_planned_size_of_fewer_channels_is_that_of_the_pruned_file(scales):
     choices = {layer.name: LayerChoice(weight_bits=8, activation_bits=8) for layer in graph.layers}
     written = integer_model(simulator.quantized(choices)).ByteSize()
     base = integer_model(case.quantized(8, 8)).ByteSize()
-    planned = PlannedSize.from_file(base, traced.network.layers, 8, scales=scales)
+    planned = PlannedSize.from_file(base, traced.network.layers, 8, channel_bytes=CHANNEL_BYTES["ort", scales])
     assert planned(kernels(traced.network, CompressionPolicy(model="", keep_channels=keep)), 0) == pytest.approx(
         written, abs=10
     )
