@@ -82,3 +82,9 @@ def test_disturbed_batches_do_not_count(monkeypatch):
 def test_a_kind_without_a_graph_is_recorded_as_unsupported():
     row = measure.measure_kernel(conv_key(8, 8)._replace(kind="transposed"))
     assert row.status == "unsupported" and row.n_runs == 0
+
+
+@pytest.mark.parametrize(("times", "median"), [([7.0], 7.0), ([4.0, 8.0], 6.0), ([4.0, 5.0, 9.0], 5.0)])
+def test_a_point_of_few_runs_has_a_number(times, median):
+    """Between the quartiles of two times there is nothing; a mean of nothing went into the table as nan."""
+    assert agent.statistics(times)["median_us"] == median
