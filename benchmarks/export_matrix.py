@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from export_bars import LARGEST, LOADED, OPENVINO_SAFE, SAFE, judge
 from harness import ROOT, Benchmark
 from torch import Tensor, nn
 
@@ -32,15 +33,7 @@ NETWORKS = {  # the order in which they are run
 }  # fmt: skip
 POLICIES = ("w8a8", "w4a8", "mixed", "pruned")
 FORMATS = ("onnx", "onnxruntime", "openvino", "litert", "tensorrt")
-SAFE = "onnxruntime, 7-bit weights"
-SPEED = {"resnet18": 3.0, "vgg16_bn": 3.5, "mobilenet_v2": 2.2, "resnet56": 2.0}
 QUICK = ("resnet56:w8a8", "resnet56:pruned")
-AVX2 = "the CPU has AVX2 but no VNNI: 8-bit products take two instructions more, and saturate at 8-bit weights"
-UNPACKING = (
-    "look-up tables and scales beside small or 7-bit layers; a layer above 16 million weights keeps 7 bits as int8"
-)
-LARGEST = "vgg16_bn"  # 138 million parameters
-LOADED = ("mixed", "w3a8")  # policies at which it is loaded
 
 
 def images(count: int, size: int, seed: int) -> Tensor:
@@ -132,6 +125,7 @@ def exported(source: Any, policy: str, folder: Path) -> dict[str, Any]:
     from edgecompress.exporters import to_ort_format
     from edgecompress.exporters.formats import export
     from edgecompress.exporters.interface import Interface
+    from edgecompress.exporters.runners import has_vnni
 
     weights = sum(weight.values.size for weight in source.quantized.weights.values())
     rows: dict[str, Any] = {}
@@ -143,10 +137,14 @@ def exported(source: Any, policy: str, folder: Path) -> dict[str, Any]:
         except EdgeCompressError as error:
             rows[key] = {"error": f"{type(error).__name__}: {error}"}
 
+    safe = replace(source, interface=Interface(saturating_cpu=True))
     for format_name in FORMATS:
-        write(format_name, format_name, source, folder)
+        if format_name == "openvino" and not has_vnni():
+            write(OPENVINO_SAFE, format_name, safe, folder)
+        else:
+            write(format_name, format_name, source, folder)
     if policy == "w8a8":
-        write(SAFE, "onnxruntime", replace(source, interface=Interface(saturating_cpu=True)), folder / "safe")
+        write(SAFE, "onnxruntime", safe, folder / "safe")
     integer = folder / "model.int8.onnx"
     if integer.exists():
         data = to_ort_format.optimised(integer.read_bytes(), ort_format=True)
@@ -303,116 +301,6 @@ def time_phase(wanted: list[tuple[str, str]], cache: Path, seconds: float) -> No
             print(f"{name}:{policy}: {result['latency']['fast_us']:.0f} us", flush=True)
 
 
-def judge(bench: Benchmark, found: dict[str, dict[str, Any]], loads: dict[str, Any]) -> None:
-    """The bars over all cells that were run; what was not run stands as owed."""
-    built = {key: result for key, result in found.items() if "formats" in result}
-    rows = {(key, name): row for key, result in built.items() for name, row in result["formats"].items()}
-    failed = {f"{key} {name}": row["error"] for (key, name), row in rows.items() if "error" in row}
-    every = [f"{name}:{policy}" for name in NETWORKS for policy in POLICIES]
-    missing = [key for key in every if key not in found]
-    bar, unit = "artifacts that are not exported and verified", f"of {len(rows)}"
-    if failed:
-        bench.misses(bar, len(failed), 0, unit, "listed under 'failed'")
-    else:
-        bench.at_most(bar, 0, 0, unit)
-    if missing and not bench.quick:
-        bench.not_run(
-            "cells of the matrix that were not run", 0, f"of {len(every)}", f"{len(missing)} of {len(every)} cells"
-        )
-    exactness(bench, rows)
-    refused = accepted_by_tensorrt(bench, rows)
-    for name in SPEED:
-        speed(bench, name, built.get(f"{name}:w8a8", {}).get("latency"))
-    for key, result in built.items():
-        sizes(bench, key, result, built.get(f"{key.split(':')[0]}:w8a8", {}).get("latency", {}).get("theirs_bytes"))
-    for policy in LOADED if not bench.quick else ():
-        if policy not in loads:
-            bench.not_run(f"{LARGEST} {policy}: load time, best of 3", 3.0, "s", "not run")
-    for policy, loaded in loads.items():
-        bench.at_most(f"{LARGEST} {policy}: load time, best of 3", min(loaded["loads_s"]), 3.0, "s")
-        peak = (loaded["memory"]["runtime_bytes"] + loaded["memory"]["run_peak_bytes"]) / 1e9
-        bench.at_most(f"{LARGEST} {policy}: peak memory of a fresh process", peak, 1.5, "GB")
-    bench.details["loading the largest network"] = loads
-    bench.details["failed"] = failed
-    bench.details["refused by TensorRT-RTX"] = refused
-    bench.details["not built"] = {key: result["refused"] for key, result in found.items() if "refused" in result}
-    bench.details["not run"] = missing
-    bench.details["cells"] = found
-
-
-def exactness(bench: Benchmark, rows: dict[tuple[str, str], dict[str, Any]]) -> None:
-    """Integer files against the emulator, and kernels that should be integers."""
-    for name in ("onnxruntime", SAFE):
-        integer = {key: row["checks"] for (key, kind), row in rows.items() if kind == name and "checks" in row}
-        if not integer:
-            continue
-        exact = [checks["emulator_max_difference"] for checks in integer.values() if checks["float_islands"] == "none"]
-        islands = {key: checks["float_islands"] for key, checks in integer.items() if checks["float_islands"] != "none"}
-        bench.at_most(
-            f"{name}: difference to the integer emulator", max(exact, default=0.0), 0, f"of {len(exact)} files"
-        )
-        floats = sum(checks["float_conv_or_gemm"] for checks in integer.values())
-        bench.at_most(f"{name}: layers that run in float", floats, 0, "")
-        if islands:
-            agreement = min(integer[key]["emulator_agreement"] for key in islands)
-            bench.at_least(f"{name}: top-1 agreement of files with float islands", agreement, 0.995, "")
-        bench.details[f"float islands, {name}"] = islands
-
-
-def accepted_by_tensorrt(bench: Benchmark, rows: dict[tuple[str, str], dict[str, Any]]) -> dict[str, str]:
-    """What TensorRT-RTX refused, by file and GPU generation; a refusal fails the export, whose error names reason and mend."""
-    trt = {key: row["checks"] for (key, name), row in rows.items() if name == "tensorrt" and "checks" in row}
-    refused = {
-        f"{key} {sm}": str(checks[f"tensorrt_rtx_{sm}"])
-        for key, checks in trt.items()
-        for sm in ("SM86", "SM89")
-        if checks.get(f"tensorrt_rtx_{sm}", "not tried") != "built"
-    }
-    refused |= {key: row["error"] for (key, _), row in rows.items() if "TensorRT-RTX refuses" in row.get("error", "")}
-    bench.at_most("TensorRT-RTX builds (SM86, SM89) that were refused", len(refused), 0, f"of {2 * len(trt)}")
-    return refused
-
-
-def speed(bench: Benchmark, name: str, times: dict[str, Any] | None) -> None:
-    """Times of the w8a8 files against float and against `quantize_static`, each with the kernels of this CPU."""
-    from edgecompress.exporters.runners import has_vnni
-
-    limit, reason = SPEED[name], "" if has_vnni() else AVX2
-    kinds = {"fast": "8-bit weights", "safe": "7-bit weights"} | (
-        {} if has_vnni() else {"precise": "8-bit, exact kernels"}
-    )
-    for key, words in kinds.items():
-        bar = f"{name} w8a8, {words}: speed against fp32, 1 thread"
-        if times is None:
-            bench.not_run(bar, limit, "x", "not timed")
-        elif times["float_us"] / times[f"{key}_us"] >= limit:
-            bench.at_least(bar, times["float_us"] / times[f"{key}_us"], limit, "x")
-        else:
-            bench.misses(bar, times["float_us"] / times[f"{key}_us"], limit, "x", reason)
-    if times is not None:
-        bench.at_most(f"{name}: time against quantize_static", times["fast_us"] / times["theirs_us"], 1.02, "x")
-
-
-def sizes(bench: Benchmark, key: str, result: dict[str, Any], theirs_bytes: int | None) -> None:
-    """Bytes of one integer file, and of the largest network how it loads."""
-    name, policy = key.split(":")
-    row = result["formats"]["onnxruntime"]
-    if policy in ("w4a8", "mixed") and theirs_bytes and "bytes" in row:
-        bench.at_most(f"{key}: bytes against quantize_static", row["bytes"] / theirs_bytes, 0.999, "x")
-    if "checks" in row:
-        packed = row["checks"]["weight_bytes"] / row["checks"]["weight_bytes_exact"]
-        if packed <= 1.02:
-            bench.at_most(f"{key}: weight bytes / (weights x bits / 8)", packed, 1.02, "x")
-        else:
-            bench.misses(f"{key}: weight bytes / (weights x bits / 8)", packed, 1.02, "x", UNPACKING)
-        bench.at_most(f"{key}: other bytes a node", row["checks"]["other_bytes_per_node"], 200, "B")
-    if name == LARGEST and "latency" in result:
-        bench.at_most(f"{key}: load time", result["latency"]["load_s"], 3.0, "s")
-        memory = result["latency"]["memory"]
-        peak = (memory["runtime_bytes"] + memory["run_peak_bytes"]) / 1e9
-        bench.at_most(f"{key}: peak memory of a fresh process", peak, 1.5, "GB")
-
-
 def main() -> None:
     """Parse arguments and run."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -450,7 +338,8 @@ def main() -> None:
             for policy in LOADED
             if (cache / f"load-{policy}.json").exists()
         }
-        judge(bench, {key: json.loads(path.read_text()) for key, path in paths.items() if path.exists()}, loads)
+        found = {key: json.loads(path.read_text()) for key, path in paths.items() if path.exists()}
+        judge(bench, [f"{name}:{policy}" for name in NETWORKS for policy in POLICIES], found, loads)
         if arguments.note:
             bench.details["conditions"] = arguments.note
         bench.write()

@@ -34,6 +34,7 @@ class Benchmark:
     bars: list[Bar] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
     pictures: dict[str, str] = field(default_factory=dict)  # title -> file beside the page
+    records: dict[str, Any] = field(default_factory=dict)  # stands in the JSON only
     started: float = field(default_factory=time.monotonic)
 
     def at_most(self, bar: str, value: float, limit: float, unit: str) -> None:
@@ -78,6 +79,7 @@ class Benchmark:
             },
             "bars": [asdict(bar) for bar in self.bars],
             "details": self.details,
+            "records": self.records,
             "pictures": self.pictures,
         }
         RESULTS.mkdir(parents=True, exist_ok=True)
