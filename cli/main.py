@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import click
 
-COMMANDS = ("compress", "export", "eval", "pick", "profile", "tables", "report", "compare", "targets", "doctor")
+COMMANDS = ("compress", "export", "eval", "pick", "profile", "tables", "report", "compare", "targets", "zoo", "doctor")
 
 
 class LazyGroup(click.Group):

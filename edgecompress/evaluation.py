@@ -22,6 +22,7 @@ from edgecompress.exporters.memory import measured_memory
 from edgecompress.exporters.runners import OnnxRuntimeRunner, measure_latency_us, run_all
 from edgecompress.exporters.verify import agreement
 from edgecompress.runs import ORIGINAL
+from edgecompress.shipped import SHIPPED, cards
 from edgecompress.spec import Preprocessing, Score
 
 _BATCH = 64  # images at once while the score is measured
@@ -60,7 +61,9 @@ class Evaluation:
 
 
 def artifact_at(path: Path) -> Path:
-    """The file that ``path`` means: itself, or the integer file (else the float one) of a run folder."""
+    """The file that ``path`` means: itself, or the integer file (else the float one) of a run folder or a shipped network."""
+    if str(path) in cards() and not path.exists():
+        path = SHIPPED / path
     if not path.is_dir():
         return path
     files = (path / "exports" / name for name in ("model.int8.onnx", "model.onnx"))

@@ -83,5 +83,7 @@ def run_name(config: Config) -> str:
 
 
 def label(model: str) -> str:
-    """What a run and its layers are called after: a name, a class, or a file without its folder."""
-    return Path(model).stem if is_graph_file(model) else model.strip("<>")
+    """What a run and its layers are called after: a name, a class, or a file or run without its folder."""
+    if is_graph_file(model):
+        return Path(model).stem
+    return Path(model).name if Path(model).is_dir() else model.strip("<>")

@@ -9,6 +9,8 @@ absent              trained on the data                  as returned; trained if
 a file              loaded                               loaded                              refused
 ==================  ===================================  ==================================  ======================
 
+A network that is compressed already (`shipped.compressed_run`) brings its weights too, as the last column.
+
 Where loaded weights have a classifier of another size, it is replaced and the network fine-tuned on the data. Images
 without labels can train nothing: then the network must bring its weights, and its own answers become the labels.
 """
@@ -16,7 +18,9 @@ without labels can train nothing: then the network must bring its weights, and i
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,6 +45,8 @@ from edgecompress.models import (
 )
 from edgecompress.onnx_files import import_graph
 from edgecompress.progress import Progress
+from edgecompress.runs import RunFolder
+from edgecompress.shipped import compressed_run
 from edgecompress.spec import Config, Preprocessing, Target, parse_budgets
 
 REFERENCE_EPOCHS = {"digits": 20}
@@ -57,7 +63,9 @@ def preprocessing_of(config: Config) -> Preprocessing | None:
     Raises:
         BadModelError: the model has no published weights to ask. BadFileError: the named file holds no preprocessing.
     """
-    how = config.preprocessing
+    how, run = config.preprocessing, compressed_run(config.model)
+    if run is not None and how in ("auto", "weights"):
+        return run.architecture().preprocessing
     if how == "data" or (how == "auto" and (config.weights or "").lower() != "default"):
         return None
     if how in ("auto", "weights"):
@@ -121,6 +129,9 @@ def original_network(model: str | nn.Module, config: Config, data: Dataset, prog
         return _checked(copy.deepcopy(model).cpu().eval(), config, data, progress)
     if is_graph_file(model):
         return _checked(_fixed_graph(model, config, data, progress), config, data, progress)
+    run = compressed_run(model)
+    if run is not None:
+        return _compressed(run, config, data, progress)
     weights = config.weights or ""
     if weights.lower() == "none":
         return _trained(model, data, progress, config.device)
@@ -153,15 +164,38 @@ def _of_factory(name: str, config: Config, data: Dataset, progress: Progress) ->
 
 
 def _loaded(name: str, config: Config, data: Dataset, progress: Progress) -> nn.Module:
-    """A network with weights from a file or published ones; fine-tuned where its classifier had to be replaced."""
+    """A network with weights from a file or published ones."""
     assert config.weights is not None
     if config.weights.lower() == "default":
         state, what = own_state(name, download=config.download), f"The published checkpoint of {name}"
     else:
         state, what = read_state(Path(config.weights)), f"The checkpoint {config.weights}"
-    classes = len(data.classes) if data.labelled else classes_in(build_model(name, 10), state, what)
+    return _with_state(partial(build_model, name), state, what, config, data, progress)
+
+
+def _compressed(run: RunFolder, config: Config, data: Dataset, progress: Progress) -> nn.Module:
+    """The pruned network of a run with its weights."""
+    _refuse_weights(config)
+    if run.architecture().fixed_graph:
+        raise BadModelError(
+            f"The run {run.path} was made from a fixed graph. Give its graph.onnx as --model to choose bits anew."
+        )
+    return _with_state(run.build_model, run.weights(), f"The network of {run.path}", config, data, progress)
+
+
+def _with_state(
+    build: Callable[[int], nn.Module],
+    state: dict[str, torch.Tensor],
+    what: str,
+    config: Config,
+    data: Dataset,
+    progress: Progress,
+) -> nn.Module:
+    """The network that ``build`` makes for a number of classes; fine-tuned where its classifier had to be replaced."""
+    name = config.model
+    classes = len(data.classes) if data.labelled else classes_in(build(10), state, what)
     torch.manual_seed(config.seed)  # decides a classifier that must be made anew
-    network = build_model(name, classes)
+    network = build(classes)
     resized = fit_state(network, state, what)
     if not resized:
         return _checked(network.eval(), config, data, progress)
@@ -178,10 +212,7 @@ def _loaded(name: str, config: Config, data: Dataset, progress: Progress) -> nn.
 
 
 def _fixed_graph(name: str, config: Config, data: Dataset, progress: Progress) -> nn.Module:
-    if config.weights and config.weights.lower() != "default":
-        raise BadModelError(
-            f"{name} holds its own weights; --weights {config.weights} cannot be used with it. Leave --weights out."
-        )
+    _refuse_weights(config)
     images, _ = next(data.batches(data.test, 1))
     graph = import_graph(Path(name), tuple(images.shape[1:]), trust=config.trust)
     progress.note(f"{Path(name).name} is a fixed graph: stage 1 (pruning) is skipped, because {WHY_NOT_PRUNED}")
@@ -191,6 +222,13 @@ def _fixed_graph(name: str, config: Config, data: Dataset, progress: Progress) -
             f"{Path(name).name} ends in Softmax; export it without, so that training can learn from its scores"
         )
     return GraphModule(graph)
+
+
+def _refuse_weights(config: Config) -> None:
+    if config.weights and config.weights.lower() != "default":
+        raise BadModelError(
+            f"{config.model} holds its own weights; --weights {config.weights} cannot be used with it. Leave --weights out."
+        )
 
 
 def fixed_graph_options(model: str, target: Target, budget: str | None, stages: object) -> dict[str, object]:

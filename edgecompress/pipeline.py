@@ -30,6 +30,7 @@ from edgecompress.quantize import Simulator, calibrate, simulate
 from edgecompress.report import report_on, write_report
 from edgecompress.run_exports import export_run, formats_for
 from edgecompress.runs import RunFolder, opened
+from edgecompress.shipped import compressed_run
 from edgecompress.spec import (
     Architecture,
     Artifact,
@@ -138,11 +139,13 @@ def _stage_one(job: Job, latency: LatencyModel, size: PlannedSize) -> tuple[Comp
 def saved_graph(job: Job, smaller: nn.Module, pruned: CompressionPolicy) -> Graph:
     """Write the pruned float network as safetensors and as ONNX; what comes after reads the latter back."""
     shape = job.network.input_shape
+    base = compressed_run(job.config.model)  # what it was cut to before is part of the architecture
+    before = base.architecture() if base else None
     architecture = Architecture(
-        model=job.config.model,
+        model=before.model if before else job.config.model,
         classes=len(job.data.classes),
         input_shape=shape,
-        keep_channels=pruned.keep_channels,
+        keep_channels=(before.keep_channels if before else {}) | pruned.keep_channels,
         preprocessing=job.data.preprocessing,
         fixed_graph=isinstance(smaller, GraphModule),
     )

@@ -52,7 +52,7 @@ def is_path(key: str, value: str, folder: Path) -> bool:
     if key in _KEYWORDS:
         return value.lower() not in _KEYWORDS[key]
     if key == "model":
-        return value.lower().endswith(_GRAPH_SUFFIXES)
+        return value.lower().endswith(_GRAPH_SUFFIXES) or ("/" in value and ":" not in value)
     if key != "data" or (":" in value and not os.path.isabs(value)):
         return False
     return (

@@ -15,7 +15,7 @@ from edgecompress.run_toml import FILE_NAME, to_toml
 from edgecompress.spec import Architecture, CompressionPolicy, Config, Network, RunReport, Trial
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from edgecompress.quantize import QuantizedGraph
 
@@ -107,35 +107,51 @@ class RunFolder:
         Raises:
             BadFileError: the run is missing or broken. BadModelError: another architecture comes out.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         from edgecompress.checkpoints import load_tensors
-        from edgecompress.models import build_model
-        from edgecompress.prune import prune
-        from edgecompress.trace import trace
 
         architecture = self.architecture()
         if architecture.fixed_graph:
             return self._graph_module()
-        if factory is None and architecture.model.startswith("<"):
-            raise UsageError(
-                f"The run {self.path} was made from a module in memory; pass factory= to build the original network."
-            )
-        model = factory() if factory else build_model(architecture.model, architecture.classes)
-        traced = trace(model, architecture.input_shape, architecture.model)
-        model = prune(model, traced, architecture.keep_channels)
+        model = self.build_model(factory=factory)
         try:
-            load_tensors(model, load_file(self.path / "model.safetensors"))
-        except (OSError, SafetensorError) as error:
-            raise BadFileError(
-                f"The weights {self.path / 'model.safetensors'} cannot be read ({error}). Compress again with --overwrite."
-            ) from error
+            load_tensors(model, self.weights())
         except RuntimeError as error:
             raise BadModelError(
                 f"The weights of {self.path} do not fit the network that {architecture.model} builds: {error}"
             ) from error
         return model.eval()
+
+    def build_model(self, classes: int | None = None, factory: Callable[[], nn.Module] | None = None) -> nn.Module:
+        """The pruned architecture with fresh weights.
+
+        Args:
+            classes: outputs; those of the run where None.
+            factory: see `load_model`.
+        """
+        from edgecompress.models import build_model
+        from edgecompress.prune import prune
+        from edgecompress.trace import trace
+
+        architecture = self.architecture()
+        if factory is None and architecture.model.startswith("<"):
+            raise UsageError(
+                f"The run {self.path} was made from a module in memory; pass factory= to build the original network."
+            )
+        model = factory() if factory else build_model(architecture.model, classes or architecture.classes)
+        traced = trace(model, architecture.input_shape, architecture.model)
+        return prune(model, traced, architecture.keep_channels)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors of `model.safetensors` by name."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(self.path / "model.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise BadFileError(
+                f"The weights {self.path / 'model.safetensors'} cannot be read ({error}). Compress again with --overwrite."
+            ) from error
 
     def _graph_module(self) -> nn.Module:
         from edgecompress.describe import GraphModule
