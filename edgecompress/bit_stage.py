@@ -21,6 +21,7 @@ from edgecompress.fidelity import QUANTIZED
 from edgecompress.finetune import accuracy_and_loss, train
 from edgecompress.graph import Graph
 from edgecompress.interpret import run
+from edgecompress.job import Job, checkpoint_of, remeasured, searched, train_settings
 from edgecompress.judge import Judge
 from edgecompress.learned_steps import LearnedSteps
 from edgecompress.posttraining import bias_corrected
@@ -30,7 +31,6 @@ from edgecompress.sensitivity import Sensitivities, sensitivities
 from edgecompress.spaces import Outcome, SearchSpace
 from edgecompress.spec import CompressionPolicy, Target
 from edgecompress.stage_spaces import bitwidth_space
-from edgecompress.stages import Job, checkpoint_of, remeasured, searched, train_settings
 
 SENSITIVITY_IMAGES = 200
 EMULATED_IMAGES = 200

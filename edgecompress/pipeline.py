@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from edgecompress.bit_stage import quantize_stage
+from edgecompress.channel_stage import prune_stage
 from edgecompress.cost import LatencyModel
 from edgecompress.data import Dataset
 from edgecompress.describe import GraphModule, graph_of
@@ -20,6 +21,7 @@ from edgecompress.exporters.sizes import PlannedSize
 from edgecompress.files import write_bytes, write_document
 from edgecompress.finetune import accuracy_and_loss
 from edgecompress.graph import Graph, read_graph
+from edgecompress.job import Job
 from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.options import resolve, run_name
 from edgecompress.original import answered, original_network
@@ -27,6 +29,7 @@ from edgecompress.posttraining import equalised, without_upper_ends
 from edgecompress.prepare import at_8_bits, calibration_batches, calibration_warnings, dataset_of, prepare
 from edgecompress.progress import Progress, Silent
 from edgecompress.quantize import Simulator, calibrate, simulate
+from edgecompress.recover import recover
 from edgecompress.report import report_on, write_report
 from edgecompress.run_exports import export_run, formats_for
 from edgecompress.runs import RunFolder, opened
@@ -39,7 +42,6 @@ from edgecompress.spec import (
     Rounds,
     RunReport,
 )
-from edgecompress.stages import Job, prune_stage, recover
 from edgecompress.threads import torch_threads
 
 

@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from edgecompress.channel_stage import channels_of
 from edgecompress.cost import count
 from edgecompress.data import Dataset, Split
 from edgecompress.exporters.formats import EXPORTERS
 from edgecompress.finetune import reference_file
+from edgecompress.job import Job
 from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.models import build_model
 from edgecompress.options import resolve, run_name
@@ -28,7 +30,6 @@ from edgecompress.run_exports import formats_for
 from edgecompress.runs import RunFolder
 from edgecompress.spaces import SearchSpace
 from edgecompress.spec import Config, Document, Frozen, LayerChoice, Metric, Source, Stage, Trial
-from edgecompress.stages import Job, channels_of
 
 METRICS: tuple[Metric, ...] = ("flops", "params", "size", "bops", "latency")
 RUN_FILES = ("run.toml", "policy.json", "model.safetensors", "graph.onnx", "report.html", "report.json")

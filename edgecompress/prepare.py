@@ -20,6 +20,7 @@ from edgecompress.exporters.onnx_writing import metadata_of
 from edgecompress.exporters.sizes import CHANNEL_BYTES, PlannedSize
 from edgecompress.exporters.to_onnx import float_model
 from edgecompress.files import write_bytes, write_document
+from edgecompress.job import Job, limits_for
 from edgecompress.latency_tables.predict import latency_model
 from edgecompress.options import label
 from edgecompress.original import preprocessing_of
@@ -36,7 +37,6 @@ from edgecompress.spec import (
     parse_budgets,
 )
 from edgecompress.splits import checked
-from edgecompress.stages import Job, limits_for
 from edgecompress.tasks import AGREEMENT, task_by_name
 
 if TYPE_CHECKING:

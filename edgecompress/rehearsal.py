@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from edgecompress.agents import make_agent
 from edgecompress.bit_stage import bits_of, quantize_stage
+from edgecompress.channel_stage import SHORT_EPOCHS, channels_of, prune_stage
 from edgecompress.cost import LatencyModel
 from edgecompress.envs import PolicyEnv
 from edgecompress.exporters.sizes import PlannedSize
 from edgecompress.finetune import TrainSettings, train
+from edgecompress.job import Job, pruner_of
 from edgecompress.learned_steps import LearnedSteps
 from edgecompress.pipeline import saved_graph
 from edgecompress.prepare import at_8_bits, calibration_batches
@@ -28,7 +30,6 @@ from edgecompress.progress import Progress
 from edgecompress.quantize import Simulator, calibrate
 from edgecompress.spaces import SearchSpace
 from edgecompress.spec import CompressionPolicy, Frozen, LayerChoice, Stage, Trial
-from edgecompress.stages import SHORT_EPOCHS, Job, channels_of, prune_stage, pruner_of
 from edgecompress.variational import kl_penalty, with_noise
 
 TIMED_EPISODES = 2

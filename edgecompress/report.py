@@ -15,6 +15,7 @@ from edgecompress.evaluation import scored
 from edgecompress.exporters.artifacts import open_artifact
 from edgecompress.exporters.runners import measure_latency_us
 from edgecompress.files import write_document, write_text
+from edgecompress.job import Job
 from edgecompress.report_latency import at_bits, host_model, layer_latencies, predicted
 from edgecompress.runs import ORIGINAL, ORIGINAL_INT8, RunFolder
 from edgecompress.spec import (
@@ -31,7 +32,6 @@ from edgecompress.spec import (
     RunReport,
     Trial,
 )
-from edgecompress.stages import Job
 
 UNITS = {"flops": "MACs", "params": "parameters", "size": "B", "bops": "BOPs", "latency": "us"}
 

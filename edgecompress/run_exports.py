@@ -13,6 +13,7 @@ from edgecompress.exporters.formats import EXPORTERS, export
 from edgecompress.exporters.interface import PLAIN, Interface
 from edgecompress.exporters.source import ExportSource
 from edgecompress.graph import read_graph
+from edgecompress.job import Job
 from edgecompress.latency_tables.half import faster_in_half
 from edgecompress.latency_tables.predict import latency_model
 from edgecompress.latency_tables.targets import target_by_name
@@ -27,7 +28,6 @@ from edgecompress.spec import (
     CompressionPolicy,
     Config,
 )
-from edgecompress.stages import Job
 
 
 def formats_for(job: Job) -> tuple[str, ...]:

@@ -18,8 +18,8 @@ from edgecompress.models import build_model
 from edgecompress.pipeline import compress
 from edgecompress.prepare import calibration_batches
 from edgecompress.quantize import Simulator, calibrate
+from edgecompress.recover import hold_zeros
 from edgecompress.spec import LayerChoice
-from edgecompress.stages import _hold_zeros
 from edgecompress.variational import kl_penalty, with_noise
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
@@ -74,7 +74,7 @@ def test_every_kind_of_training_runs_on_the_gpu_and_comes_home(digits):
     before = copy.deepcopy(model.state_dict())
     with torch.no_grad():
         model.fc.weight[0] = 0
-    _hold_zeros(model)
+    hold_zeros(model)
     train(model, few, settings, teacher=teacher)
     assert not torch.equal(before["conv1.weight"], model.state_dict()["conv1.weight"])
     assert float(model.fc.weight[0].detach().abs().max()) == 0

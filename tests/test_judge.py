@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 
 from edgecompress.fidelity import PRUNED
+from edgecompress.job import remeasured
 from edgecompress.judge import Judge
 from edgecompress.spec import Cost, Trial
-from edgecompress.stages import remeasured
 
 
 def original(x):

@@ -14,15 +14,16 @@ from torch import nn
 
 import edgecompress
 from edgecompress.channel_sensitivity import channel_sensitivities
+from edgecompress.channel_stage import channels_of
 from edgecompress.cost import count
 from edgecompress.exporters.sizes import PlannedSize
 from edgecompress.exporters.to_onnxruntime import integer_model
 from edgecompress.finetune import TrainSettings, train
+from edgecompress.job import Job, limits_for
 from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.progress import Silent
 from edgecompress.runs import RunFolder
 from edgecompress.spec import CompressionPolicy, Config, LayerChoice, parse_budgets
-from edgecompress.stages import Job, channels_of, limits_for
 from edgecompress.trace import trace
 
 

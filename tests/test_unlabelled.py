@@ -17,11 +17,11 @@ from sample_networks import Residual, patterns, settled
 from edgecompress.data import load_data
 from edgecompress.errors import BadDataError, BadModelError
 from edgecompress.finetune import TrainSettings, train
+from edgecompress.job import train_settings
 from edgecompress.original import original_network
 from edgecompress.progress import Silent
 from edgecompress.runs import RunFolder
 from edgecompress.spec import Config, Preprocessing
-from edgecompress.stages import train_settings
 
 HOW = {"size": [16, 16], "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "resize": 18, "interpolation": "bicubic"}
 

@@ -12,12 +12,13 @@ from torch import nn
 from edgecompress.cost import count
 from edgecompress.errors import UsageError
 from edgecompress.finetune import TrainSettings, accuracy_and_loss, train
+from edgecompress.job import Job
 from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.options import resolve
 from edgecompress.progress import Silent
+from edgecompress.recover import learn_noise, recover
 from edgecompress.runs import RunFolder
 from edgecompress.spec import CompressionPolicy, Config, LayerChoice
-from edgecompress.stages import Job, learn_noise, recover
 from edgecompress.trace import trace
 from edgecompress.variational import (
     NoisyLayer,

@@ -194,7 +194,7 @@ def test_a_resumed_run_may_take_less_memory_and_nothing_else(tiny_run, tmp_path)
 def test_another_batch_size_trains_in_other_steps(digits):
     from types import SimpleNamespace
 
-    from edgecompress.stages import train_settings
+    from edgecompress.job import train_settings
 
     job = SimpleNamespace(config=Config(budget="flops=0.5x", batch_size=8), data=SimpleNamespace(labelled=True))
     assert train_settings(job, 3).batch_size == 8

@@ -27,7 +27,7 @@ def test_commands_and_the_python_of_the_page_work(
     quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("edgecompress.stages.SHORT_EPOCHS", 1)
+    monkeypatch.setattr("edgecompress.channel_stage.SHORT_EPOCHS", 1)
     Path("small.toml").write_text("".join(f"{key} = {value}\n" for key, value in SMALL.items()))
     said = {}
     for program, *words in commands():
