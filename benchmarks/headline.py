@@ -4,7 +4,7 @@ VGG-19-BN, VGG-16-BN and ResNet-56 on CIFAR-10 against the paper and against wha
 its size alone. Needs EDGECOMPRESS_DATA with cifar10-jpeg.tar.gz. Baselines are trained here (ResNet-56 has a checkpoint), which
 wants a GPU for the VGGs. Finished cells lie in docs/benchmarks/headline_cells.json and below
 build/headline, from which an interrupted run goes on; `--time` measures the latency of all files there in turns and wants
-a quiet machine; `--collect` only renders the page.
+a quiet machine; `--ship` puts a network of ours into the package (`edgecompress zoo`); `--collect` only renders the page.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from headline_imagenet import imagenet_shapes
 from headline_lab import BUDGETS, FOLDER, Effort, Lab, original, ours, tuned_original
 from headline_peers import METHODS, SHARES, peer
 from headline_rows import SEEDS, rows, table
+from headline_ship import ship
 
 KINDS = ("original", "tuned", "ours", "agents", "peers", "imagenet")
 AGENTS = ("uniform", "random", "greedy", "milp")  # our own baselines, in both stages
@@ -99,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the whole way in about a minute; writes nothing")
     parser.add_argument("--collect", action="store_true", help="only render the page from finished cells")
+    parser.add_argument("--ship", metavar="NETWORK[:SEED]", help="put a finished network of ours into the package")
     parser.add_argument("--time", action="store_true", help="time all files in turns; nothing else may run")
     for name, values in (("kinds", KINDS), ("networks", tuple(BUDGETS))):
         parser.add_argument(
@@ -115,6 +117,10 @@ def main() -> None:
         return
     effort = Effort(**{field.name: getattr(wanted, field.name) for field in fields(Effort)})
     cells = Cells(FOLDER, RESULTS / "headline_cells.json")
+    if wanted.ship:
+        network, _, seed = wanted.ship.partition(":")
+        print(f"shipped as {ship(network, int(seed or 0), effort, cells.all()).name}")
+        return
     if not wanted.collect and not wanted.time:
         for kind, name, compute in jobs(effort, wanted.networks):
             if kind in wanted.kinds:

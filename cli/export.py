@@ -122,7 +122,7 @@ def command(
     path = (out or run / "exports") / artifact.path
     if engine:
         from edgecompress.exporters.check_tensorrt import build_engine_here
-        from edgecompress.exporters.formats import record_engine
+        from edgecompress.exporters.record import record_engine
 
         record_engine(out or run / "exports", artifact, build_engine_here(path, path.parent))
     if as_json:

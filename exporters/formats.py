@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -28,12 +26,13 @@ from edgecompress.exporters.onnx_writing import (
     IR_VERSIONS,
     oldest_onnxruntime,
 )
+from edgecompress.exporters.record import check_place, record, write_all
 from edgecompress.exporters.runners import OnnxRuntimeRunner, Runner, run_all
 from edgecompress.exporters.saturation import SATURATION, weights_saturate, without_saturation
 from edgecompress.exporters.source import ExportSource
 from edgecompress.exporters.to_onnx import float_model
 from edgecompress.exporters.to_onnxruntime import integer_model
-from edgecompress.files import file_sha256, read_json, sha256, write_bytes, write_text, written_whole
+from edgecompress.files import file_sha256, sha256, written_whole
 from edgecompress.quantize import QuantizedGraph
 from edgecompress.spec import Artifact
 from edgecompress.tasks import Task
@@ -318,7 +317,7 @@ def export(source: ExportSource, format_name: str, folder: Path, *, check: bool 
             f"The {format_name} export failed its proof: {'; '.join(checks.failures)}. Nothing was written; report it with the run folder."
         )
     path = folder / exporter.file_name
-    _write_all(folder, made.files)
+    write_all(folder, made.files)
     if exporter.beside is not None:
         exporter.beside(source, path.parent)
     artifact = Artifact(
@@ -337,20 +336,8 @@ def export(source: ExportSource, format_name: str, folder: Path, *, check: bool 
         preprocessing=source.preprocessing,
         checks=checks.values,
     )
-    _record(folder, format_name, artifact)
+    record(folder, format_name, artifact)
     return artifact
-
-
-def _write_all(folder: Path, files: Mapping[str, bytes]) -> None:
-    """All of ``files`` or none: the first, which names the artifact, comes last."""
-    new = [folder / name for name in files if not (folder / name).exists()]
-    try:
-        for name in reversed(list(files)):
-            write_bytes(folder / name, files[name])
-    except BaseException:
-        for path in new:
-            path.unlink(missing_ok=True)
-        raise
 
 
 def _require_same_answers(checks: verify.Checks, source: ExportSource, outer: Runner, inner: Runner) -> None:
@@ -380,45 +367,5 @@ def _oldest(exporter: Exporter, source: ExportSource, model: onnx.ModelProto) ->
     return f"ONNX Runtime {oldest_onnxruntime(model)}"
 
 
-def record_engine(folder: Path, source: Artifact, built: Mapping[str, Any]) -> Artifact:
-    """Write an engine that was built here beside its ONNX file ``source`` into ``export.json``; ``built`` is engine.json."""
-    checks: dict[str, verify.Value] = {
-        f"engine_{key}": value for key, value in (built["check"] or {"checked": False}).items() if value is not None
-    }
-    checks["engine_precisions"] = ", ".join(f"{count} {name}" for name, count in built["precisions"].items())
-    checks["engine_median_us"] = built["latency"]["gpu"]["median_us"]
-    engine = source.model_copy(
-        update={
-            "path": str(Path(source.path).with_name("model.engine")),
-            "format": "engine",
-            "sha256": built["engine_sha256"],
-            "size_bytes": built["size_bytes"],
-            "oldest_runtime": f"{built['product']} {built['tensorrt']} on {built['gpu']}, no other",
-            "checks": checks,
-        }
-    )
-    _record(folder, "engine", engine)
-    return engine
-
-
-def check_place(path: Path) -> None:
-    """Refuse a path that cannot become a file, before any work is done for it.
-
-    Raises:
-        UsageError: it is a folder, or its folder cannot be made or written.
-    """
-    if path.is_dir():
-        raise UsageError(f"Cannot write {path}: it is a folder. Name a file.")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UsageError(f"Cannot write {path}: {folder} is no folder that you may write to. Name another place.")
-
-
 def _signature(values: object) -> dict[str, list[int | str]]:
     return {value.name: signature(value) for value in values}  # type: ignore[attr-defined]
-
-
-def _record(folder: Path, format_name: str, artifact: Artifact) -> None:
-    path = folder / "export.json"
-    known: Mapping[str, object] = read_json(path, "export record") if path.exists() else {}
-    write_text(path, json.dumps({**known, format_name: artifact.model_dump(mode="json")}, indent=1) + "\n")

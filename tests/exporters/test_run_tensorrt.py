@@ -16,7 +16,7 @@ from edgecompress.errors import BadFileError, MissingBackendError
 from edgecompress.exporters import build_on_device
 from edgecompress.exporters.artifacts import open_artifact
 from edgecompress.exporters.check_tensorrt import build_engine_here
-from edgecompress.exporters.formats import record_engine
+from edgecompress.exporters.record import record_engine
 from edgecompress.exporters.runners import measure_latency_us, run_all
 from edgecompress.spec import Artifact, Preprocessing
 
