@@ -25,7 +25,7 @@ from edgecompress.spaces import Choice
 
 KINDS = ("search", "finetune", "conditioned", "reference_loop", "aware", "cost", "resnet56", "dropout")
 TUNING, TUNING_IMAGES = TrainSettings(epochs=3, learning_rate=0.02, batch_size=128), 10_000
-TUNING_56, TUNING_56_IMAGES = TrainSettings(epochs=4, learning_rate=0.02, batch_size=128), 15_000  # short: no GPU
+TUNING_56, TUNING_56_IMAGES = TrainSettings(epochs=8, learning_rate=0.02, batch_size=128), 30_000
 Job = tuple[str, str, Callable[[], Cell | None]]  # kind, name of the cell, what computes it (None: not possible yet)
 
 
