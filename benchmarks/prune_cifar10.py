@@ -18,7 +18,7 @@ from cells import Cell, Cells
 from harness import RESULTS, Benchmark
 from prune_ablation import without_single_weights
 from prune_lab import BN_IMAGES, EPISODES, FOLDER, LEADERS, PARTS, Lab, fine_tuned, latency_from_table, run_search
-from prune_rows import BUDGETS, CONDITIONED, FIXED, METHODS, SEEDS, rows
+from prune_rows import BUDGETS, CONDITIONED, FIXED, METHODS, SEEDS, UNLIKE_COMPRESS, rows
 
 from edgecompress.finetune import TrainSettings
 from edgecompress.spaces import Choice
@@ -271,7 +271,11 @@ def main() -> None:
         "BatchNorm re-estimation": f"{BN_IMAGES} augmented training images",
         "final of a search": f"of its {LEADERS} best on 'search' the one that diverges least from the checkpoint on 'search' "
         "and 'again' together, for all methods",
-        "fine-tuning": f"{TUNING.epochs} epochs of {TUNING_IMAGES} images, distillation, the same for all",
+        "fine-tuning": f"{TUNING.epochs} epochs of {TUNING_IMAGES} images, distillation, the same for all; each policy once, so "
+        "that the intervals after it hold no noise of training",
+        "ResNet-56": f"{TUNING_56.epochs} epochs of {TUNING_56_IMAGES} images; its checkpoint has seen all training images, the "
+        "held-out ones of the search too",
+        "unlike compress": UNLIKE_COMPRESS,
         "finished cells": len(known),
         "policies that a search asked for and another had evaluated are counted, not computed again": True,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from edgecompress.agents import SB3_AGENTS
 from edgecompress.channel_sensitivity import channel_sensitivities
 from edgecompress.cost import CostModel
 from edgecompress.episodes import Episodes, missing_classes
-from edgecompress.errors import BadModelError
+from edgecompress.errors import BadModelError, DivergedError
 from edgecompress.fidelity import PRUNED
 from edgecompress.finetune import train
 from edgecompress.job import Job, pruner_of, remeasured, searched, train_settings
@@ -55,8 +55,7 @@ def prune_stage(job: Job, cost: CostModel) -> tuple[CompressionPolicy, str]:
     judge = Judge(job.data, job.both_val, job.original, PRUNED, job.config.device)
     finalists = remeasured(trials, judge, lambda trial: build(space.to_policy(trial.choice)))[:3]
     job.progress.stage("Fine-tune the finalists", len(finalists) * SHORT_EPOCHS)
-    scored = [(_short_finetune(job, build(space.to_policy(trial.choice))), trial) for trial in finalists]
-    chosen = max(scored, key=lambda pair: (pair[0][0], -pair[0][1]))[1]
+    chosen = _best_after_training(job, finalists, lambda trial: build(space.to_policy(trial.choice)))
     policy = space.to_policy(chosen.choice)
     if job.config.max_accuracy_drop is not None:
         policy = _tightened(job, space, chosen, build)
@@ -107,6 +106,25 @@ def _single_weights_are_needed(space: SearchSpace) -> bool:
         return False
     others = replace(space, limits=tuple(limit for limit in space.limits if limit.budget.metric not in relieved))
     return not space.fits(others.project(np.ones(len(space.levels))))
+
+
+def _best_after_training(job: Job, finalists: Sequence[Trial], build: Callable[[Trial], nn.Module]) -> Trial:
+    """The finalist that does best after a short recovery; one whose training diverges is left out.
+
+    Raises:
+        DivergedError: all of them do.
+    """
+    scored: list[tuple[float, float, Trial]] = []
+    for trial in finalists:
+        try:
+            accuracy, loss = _short_finetune(job, build(trial))
+        except DivergedError as error:
+            if trial is finalists[-1] and not scored:
+                raise
+            job.progress.note(f"a finalist of {trial.arm} is left out: {error}")
+        else:
+            scored.append((accuracy, -loss, trial))
+    return max(scored, key=lambda found: found[:2])[2]
 
 
 def _short_finetune(job: Job, model: nn.Module) -> tuple[float, float]:

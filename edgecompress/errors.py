@@ -58,6 +58,10 @@ class BadFileError(UsageError):
     """A run folder, table, policy or artifact that is missing, broken or written by another schema version."""
 
 
+class DivergedError(EdgeCompressError):
+    """A training whose loss or gradients are no longer finite."""
+
+
 class GoalMissedError(EdgeCompressError):
     """A budget, an accuracy drop or a parity gate was missed."""
 

@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from edgecompress.data import Dataset, Split
-from edgecompress.errors import BadDataError
+from edgecompress.errors import BadDataError, BadModelError
 from edgecompress.exporters.artifacts import Opened, open_artifact
 from edgecompress.exporters.interface import Interface
 from edgecompress.exporters.memory import measured_memory
 from edgecompress.exporters.runners import OnnxRuntimeRunner, measure_latency_us, run_all
 from edgecompress.exporters.verify import agreement
+from edgecompress.imports import place_of
 from edgecompress.runs import ORIGINAL
 from edgecompress.shipped import SHIPPED, cards
 from edgecompress.spec import Preprocessing, Score
@@ -33,8 +34,8 @@ Answers = NDArray[Any]  # classes of images [N] or pixels [N, H, W]; where outpu
 class Evaluation:
     """One file as measured on this machine. Times are of one batch, in microseconds; None where they would mislead.
 
-    ``accuracy`` is what ``score`` says it is. Memory is that of a fresh process, on top of the runtime's own; None where
-    the runtime is not ONNX Runtime.
+    ``accuracy`` is what ``score`` says it is. ``size_bytes`` is that of the file and of those beside it that hold its weights.
+    Memory is that of a fresh process, on top of the runtime's own; None where the runtime is not ONNX Runtime.
     """
 
     file: str
@@ -90,7 +91,7 @@ def evaluate_files(
     """
     files = [artifact_at(path) for path in paths]
     # What cannot be opened is said before the data is read.
-    said = [open_artifact(file, runtime=runtime).preprocessing for file in files]
+    said = [open_artifact(file, threads=threads, runtime=runtime).preprocessing for file in files]
     usual, once = next((how for how in said if how is not None), None), cache(read)
     found = []
     for file, how in zip(files, said, strict=True):
@@ -125,7 +126,8 @@ def evaluate_artifact(
         runtime: a key of `artifacts.RUNTIMES`; by default what the suffix says.
 
     Raises:
-        BadFileError: see `artifacts.open_artifact`. BadDataError: the file takes images of another shape.
+        BadFileError: it cannot be opened (see `artifacts.open_artifact`) or fails on the images. BadDataError,
+        BadModelError: see `scored`.
     """
     path = artifact_at(path)
     opened = open_artifact(path, threads=threads, runtime=runtime)
@@ -134,7 +136,7 @@ def evaluate_artifact(
     size = runner.batch or batch
     found = Evaluation(
         file=str(path),
-        size_bytes=path.stat().st_size,
+        size_bytes=sum(file.stat().st_size for file in (path, *opened.beside)),
         runtime=runner.runtime,
         data=data.name,
         images=len(data.test),
@@ -183,23 +185,74 @@ def scored(path: Path, opened: Opened, data: Dataset) -> tuple[float, Answers]:
     """The score (see `spec.Score`) of an opened file on the test split, and its answers.
 
     Raises:
-        BadDataError: the file takes images of another shape.
+        BadDataError: the file takes images of another shape. BadModelError: it does not answer what the task wants.
     """
     interface, task = _interface(path, opened, data), data.task
     measured, answers = [], []
     for x, labels in data.batches(data.test, _BATCH):
         outputs = run_all(opened.runner, interface.images(x.numpy(), data.preprocessing))
-        numbers = np.issubdtype(outputs.dtype, np.integer)  # behind an argmax
-        scores = _one_hot(outputs, len(data.classes)) if numbers else torch.from_numpy(outputs)
-        measured.append(task.measure(scores, labels))
-        answers.append(outputs.argmax(1) if task.class_scores and not numbers else outputs)
+        _check_outputs(outputs, path.name, data)
+        measured.append(_measured(outputs, labels, path.name, data))
+        answers.append(outputs.argmax(1) if task.class_scores and not _are_classes(outputs, data) else outputs)
     return task.merit(measured), np.concatenate(answers)
 
 
-def _one_hot(numbers: NDArray[Any], classes: int) -> Tensor:
-    """Class numbers ``[N, ...]`` as scores ``[N, classes, ...]``."""
+def _are_classes(outputs: Answers, data: Dataset) -> bool:
+    """Whether outputs are the numbers of classes, as behind an argmax."""
+    return data.task.class_scores and np.issubdtype(outputs.dtype, np.integer)
+
+
+def _fits(outputs: Answers, data: Dataset) -> bool:
+    """Whether the task can read outputs: numbers of its rank, a score per class or more."""
+    task = data.task
+    if _are_classes(outputs, data):
+        return task.outputs_rank in (None, outputs.ndim + 1)
+    if outputs.dtype.kind not in "fiu" or task.outputs_rank not in (None, outputs.ndim):
+        return False
+    fewest = len(data.classes) if data.labelled else 1
+    return not task.class_scores or (outputs.ndim > 1 and outputs.shape[1] >= fewest)
+
+
+def _check_outputs(outputs: Answers, name: str, data: Dataset) -> None:
+    """Refuse outputs that the task cannot read."""
+    task, classes = data.task, len(data.classes)
+    if _fits(outputs, data):
+        return
+    found = f"{outputs.dtype} {outputs.shape[1:]}"
+    if not task.class_scores:
+        rank = f" of {task.outputs_rank} dimensions" if task.outputs_rank else ""
+        raise BadModelError(
+            f"{name} gives {found} for one image; the task '{task.name}' wants one tensor of numbers{rank}. Give a file of the task."
+        )
+    wanted = f"({classes or 'classes'},)" if task.outputs_rank == 2 else f"({classes or 'classes'}, height, width)"
+    raise BadModelError(
+        f"{name} gives {found} for one image; {data.name} has {classes} classes, so expected scores {wanted} or class numbers "
+        "behind an argmax. Give a file for these classes, or the --data that it was made for."
+    )
+
+
+def _measured(outputs: Answers, labels: Tensor, name: str, data: Dataset) -> Any:
+    """What the task's score needs of one batch."""
+    known = len(data.classes) if data.labelled else None
+    try:
+        scores = _one_hot(outputs, known) if _are_classes(outputs, data) else torch.from_numpy(outputs)
+        return data.task.measure(scores, labels)
+    except Exception as error:
+        raise BadModelError(
+            f"The task '{data.task.name}' cannot score what {name} gives for {len(outputs)} images, {outputs.shape[1:]}, with "
+            f"labels {tuple(labels.shape[1:])}: {error}{place_of(error)}. Give a file and labels of the task."
+        ) from error
+
+
+def _one_hot(numbers: NDArray[Any], classes: int | None) -> Tensor:
+    """Class numbers ``[N, ...]`` as scores ``[N, classes + 1, ...]``, where all numbers from ``classes`` on are the last.
+
+    Args:
+        classes: None stands for as many as the numbers need.
+    """
     found = torch.from_numpy(numbers).long()
-    return F.one_hot(found, max(classes, int(found.max()) + 1)).movedim(-1, 1).float()
+    scores = F.one_hot(found) if classes is None else F.one_hot(found.clamp(max=classes), classes + 1)
+    return scores.movedim(-1, 1).float()
 
 
 def compared(first: tuple[Evaluation, Answers], second: tuple[Evaluation, Answers]) -> dict[str, Any]:

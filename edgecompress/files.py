@@ -8,8 +8,9 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,18 +38,10 @@ def written_whole(path: Path) -> Iterator[Path]:
     Raises:
         EdgeCompressError: the disk is full or the folder cannot be written; nothing is left under ``path``.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-        os.close(handle)
-    except OSError as error:
-        raise disk_error(path, error) from error
-    temporary = Path(name)
+    temporary = _place_beside(path)
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        _keep(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise disk_error(path, error) from error
@@ -61,6 +54,61 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise disk_error(path, OSError(number, os.strerror(number))) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_together(files: Mapping[Path, bytes]) -> None:
+    """Write all of ``files`` or none: after an error every path holds what it held before.
+
+    All are on the disk before the first takes its name, and they take their names in the given order.
+
+    Raises:
+        EdgeCompressError: the disk is full or a folder cannot be written.
+    """
+    new: dict[Path, Path] = {}
+    old: dict[Path, Path] = {}
+    done: list[Path] = []
+    path = Path()
+    try:
+        for path, data in files.items():
+            new[path] = _place_beside(path)
+            new[path].write_bytes(data)
+            _keep(new[path])
+        for path in files:
+            if path.exists():
+                old[path] = _place_beside(path)
+                shutil.copyfile(path, old[path])
+        for path in files:
+            os.replace(new[path], path)
+            done.append(path)
+    except BaseException as error:
+        for written in done:
+            if written in old:
+                old[written].replace(written)
+            else:
+                written.unlink()
+        if isinstance(error, OSError):
+            raise disk_error(path, error) from error
+        raise
+    finally:
+        for temporary in (*new.values(), *old.values()):
+            temporary.unlink(missing_ok=True)
+
+
+def _place_beside(path: Path) -> Path:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(handle)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    return Path(name)
+
+
+def _keep(temporary: Path) -> None:
+    """On the disk, and readable as a file that the user's own programs write."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.chmod(0o644)
 
 
 def disk_error(path: Path, error: OSError) -> EdgeCompressError:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from edgecompress.checkpoints import load_tensors
 from edgecompress.data import Dataset, Split
 from edgecompress.devices import device_by_name, lying_on
-from edgecompress.errors import EdgeCompressError
+from edgecompress.errors import DivergedError
 from edgecompress.files import cache_folder, written_whole
 from edgecompress.layouts import safe_to_train
 from edgecompress.models import build_model
@@ -72,7 +72,7 @@ def train(
         on_epoch: told the epoch, their number and the mean loss.
 
     Raises:
-        EdgeCompressError: the loss or its gradients are no longer finite; the model keeps its last good state. Gradients that
+        DivergedError: the loss or its gradients are no longer finite; the model keeps its last good state. Gradients that
             overflow in float16 alone are no error: their step is left out, and their scale halved.
         UnknownNameError: no such precision or device. UsageError: no such device here.
     """
@@ -162,7 +162,7 @@ def _overflows(scaler: torch.amp.GradScaler, trained: Sequence[nn.Parameter]) ->
 
 def _give_up(model: nn.Module, good: dict[str, Tensor], what: str) -> NoReturn:
     load_tensors(model, good)
-    raise EdgeCompressError(f"{what}; the network keeps the state of the last whole epoch. Lower the learning rate.")
+    raise DivergedError(f"{what}; the network keeps the state of the last whole epoch. Lower the learning rate.")
 
 
 def _schedule(progress: float, epochs: int) -> float:

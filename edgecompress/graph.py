@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 LAYER_OPS = ("Conv", "Gemm")
+# What takes its axes as an attribute below opset 18 and as an input from there on. Here it is always an attribute.
+REDUCTIONS = (
+    "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp",
+    "ReduceSumSquare",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -237,8 +242,8 @@ def _normalised(
         return _hard_swish(node, shapes)
     if node.op == "Split":
         return _slices(node, graph, constants)
-    if node.op == "ReduceMean" and _axes(node, graph) in ((2, 3), (-2, -1), (-1, -2)):
-        return _global_pool(node, shapes)
+    if node.op in REDUCTIONS and (axes := _axes(node, graph)):
+        return _reduction(node, axes, shapes)
     if node.op == "Reshape" and _flattens(node, graph):
         return [replace(node, op="Flatten", inputs=node.inputs[:1], attributes={"axis": 1})]
     if node.op == "Reshape" and node.inputs[1] not in graph.constants:
@@ -302,11 +307,18 @@ def _layer(node: Node) -> Node:
 
 
 def _axes(node: Node, graph: Graph) -> tuple[int, ...]:
-    if "axes" in node.attributes:
-        return tuple(int(axis) for axis in node.attributes["axes"])
-    if len(node.inputs) > 1 and node.inputs[1] in graph.constants:
-        return tuple(int(axis) for axis in graph.constants[node.inputs[1]].ravel())
-    return ()
+    """A reduction's axes in ascending order, from the front where its input's rank is known; empty: none are constant."""
+    constant = graph.constants.get(node.inputs[1], ()) if len(node.inputs) > 1 else ()
+    axes = (int(axis) for axis in np.ravel(node.attributes.get("axes", constant)))
+    shape = graph.shapes.get(node.inputs[0])
+    return tuple(sorted(axes if shape is None else (axis % (len(shape) + 1) for axis in axes)))
+
+
+def _reduction(node: Node, axes: tuple[int, ...], shapes: dict[str, tuple[int, ...]]) -> list[Node]:
+    if node.op == "ReduceMean" and axes == (2, 3) and len(shapes.get(node.inputs[0], ())) == 3:
+        return _global_pool(node, shapes)
+    attributes = {"axes": axes, "keepdims": int(node.attributes.get("keepdims", 1))}
+    return [replace(node, inputs=node.inputs[:1], attributes=attributes)]
 
 
 def _global_pool(node: Node, shapes: dict[str, tuple[int, ...]]) -> list[Node]:

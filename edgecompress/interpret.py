@@ -77,8 +77,13 @@ def _clip(node: Node, args: Arguments) -> Tensor:
 
 
 def _reduce_mean(node: Node, args: Arguments) -> Tensor:
-    axes = node.attributes.get("axes", args[1].tolist() if len(args) > 1 and args[1] is not None else None)
-    return _one(args).mean(tuple(int(axis) for axis in axes), keepdim=bool(node.attributes.get("keepdims", 1)))
+    axes = tuple(node.attributes.get("axes", (0,)))  # without axes it is over all of them
+    if 0 in axes:
+        raise BadModelError(
+            f"The ReduceMean at '{node.name}' is over the batch, or over axes that are not constant. "
+            "Name its axes, without the first."
+        )
+    return _one(args).mean(axes, keepdim=bool(node.attributes.get("keepdims", 1)))
 
 
 def _reshape(node: Node, args: Arguments) -> Tensor:

@@ -189,12 +189,9 @@ def _written_our_way(node: Node, graph: Graph, constants: dict[str, Array], batc
     known = [graph.constants.get(name) for name in node.inputs]
     if node.op == "Reshape" and known[1] is not None and known[1].size and int(known[1][0]) == batch:
         shape = known[1].copy()
-        shape[0] = 0  # "as it is": the batch becomes free
+        shape[0] = 0  # "as it is", which ``allowzero`` would deny: the batch becomes free
         constants[f"{node.name}.shape"] = shape
-        return replace(node, inputs=(node.inputs[0], f"{node.name}.shape"))
-    if node.op == "ReduceMean" and len(node.inputs) > 1 and known[1] is not None:
-        axes = tuple(int(axis) for axis in known[1].ravel())
-        return replace(node, inputs=node.inputs[:1], attributes={**node.attributes, "axes": axes})
+        return replace(node, inputs=(node.inputs[0], f"{node.name}.shape"), attributes={})
     if node.op == "MatMul" and known[1] is not None and known[1].ndim == 2 and len(graph.shapes[node.outputs[0]]) == 1:
         node = replace(node, op="Gemm", attributes={"transB": 0})
     if node.op in ("Conv", "Gemm") and known[1] is not None:

@@ -170,7 +170,7 @@ def _loaded(name: str, config: Config, data: Dataset, progress: Progress) -> nn.
         state, what = own_state(name, download=config.download), f"The published checkpoint of {name}"
     else:
         state, what = read_state(Path(config.weights)), f"The checkpoint {config.weights}"
-    return _with_state(partial(build_model, name), state, what, config, data, progress)
+    return _with_state(name, partial(build_model, name), state, what, config, data, progress)
 
 
 def _compressed(run: RunFolder, config: Config, data: Dataset, progress: Progress) -> nn.Module:
@@ -180,10 +180,12 @@ def _compressed(run: RunFolder, config: Config, data: Dataset, progress: Progres
         raise BadModelError(
             f"The run {run.path} was made from a fixed graph. Give its graph.onnx as --model to choose bits anew."
         )
-    return _with_state(run.build_model, run.weights(), f"The network of {run.path}", config, data, progress)
+    what = f"The network of {run.path}"
+    return _with_state(config.model, run.build_model, run.weights(), what, config, data, progress)
 
 
 def _with_state(
+    name: str,
     build: Callable[[int], nn.Module],
     state: dict[str, torch.Tensor],
     what: str,
@@ -192,7 +194,6 @@ def _with_state(
     progress: Progress,
 ) -> nn.Module:
     """The network that ``build`` makes for a number of classes; fine-tuned where its classifier had to be replaced."""
-    name = config.model
     classes = len(data.classes) if data.labelled else classes_in(build(10), state, what)
     torch.manual_seed(config.seed)  # decides a classifier that must be made anew
     network = build(classes)

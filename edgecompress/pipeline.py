@@ -123,7 +123,7 @@ def compress(  # noqa: PLR0913 (the public call: everything beyond what, where a
         )
         clock.lap("stage 2")
         progress.stage("Export and verify", 3)
-        artifacts = [export_run(run.path, format_name, data=dataset) for format_name in formats_for(job)]
+        artifacts = [export_run(run.path, format_name, data=dataset, measure=False) for format_name in formats_for(job)]
         clock.lap("export")
         report = report_on(job, artifacts, latency, about, arms, clock.seconds, rounds)
         write_report(run, report)

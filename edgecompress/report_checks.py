@@ -9,6 +9,7 @@ Value = str | float | int | bool
 
 _TEXTS = {
     "relative_error": "Parity: output error against the network in torch",
+    "shapes_in_file": "The file holds every weight at its shape",
     "shapes_match_policy": "Channels are removed as the policy says",
     "weight_elements": "Weight elements in the file",
     "accuracy": "Accuracy on the images that it was checked on",

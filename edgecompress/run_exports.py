@@ -10,8 +10,11 @@ from edgecompress.cost import kernels
 from edgecompress.data import Dataset
 from edgecompress.errors import BadFileError, UnknownNameError, UsageError
 from edgecompress.exporters.formats import EXPORTERS, export
+from edgecompress.exporters.host import measured_here
 from edgecompress.exporters.interface import PLAIN, Interface
+from edgecompress.exporters.record import RECORD, as_record, recorded
 from edgecompress.exporters.source import ExportSource
+from edgecompress.files import write_bytes
 from edgecompress.graph import read_graph
 from edgecompress.job import Job
 from edgecompress.latency_tables.half import faster_in_half
@@ -21,7 +24,7 @@ from edgecompress.original import class_names
 from edgecompress.prepare import dataset_of
 from edgecompress.progress import Silent
 from edgecompress.quantize import QuantizedGraph
-from edgecompress.runs import RunFolder
+from edgecompress.runs import ORIGINAL, RunFolder
 from edgecompress.spec import (
     Architecture,
     Artifact,
@@ -46,6 +49,7 @@ def export_run(
     *,
     data: Dataset | None = None,
     check: bool = True,
+    measure: bool = True,
     interface: Interface = PLAIN,
     half: Sequence[str] = (),
     out: Path | None = None,
@@ -53,6 +57,7 @@ def export_run(
     """Write one format of a finished run into its ``exports`` folder; everything is read back from the run's files.
 
     Args:
+        measure: also time it here against the original's file; see `exporters.host`.
         interface: input type, layout, head, opset and batch of the file.
         half: layers that a TensorRT file computes in FP16 beside those of 16 bits; `BY_TABLE`: those that the run's table
             has faster so.
@@ -91,7 +96,16 @@ def export_run(
         interface=interface,
         table=Path(config.table).name if config.table else "",
     )
-    return export(source, format_name, out or run.file("exports"), check=check)
+    folder = out or run.file("exports")
+    artifact = export(source, format_name, folder, check=check)
+    if not (check and measure):
+        return artifact
+    found = measured_here(
+        folder / artifact.path, run.file("exports") / ORIGINAL, source.images, interface, data.preprocessing
+    )
+    artifact = artifact.model_copy(update={"checks": artifact.checks | found})
+    write_bytes(folder / RECORD, as_record(recorded(folder), format_name, artifact))
+    return artifact
 
 
 def check_built(

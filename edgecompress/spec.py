@@ -347,7 +347,10 @@ class Preprocessing(Frozen):
 
 
 class Artifact(Document):
-    """An exported file with what a deployer must know; ``path`` is relative to the folder of ``export.json``."""
+    """An exported file with what a deployer must know; ``path`` is relative to the folder of ``export.json``.
+
+    ``layer_bytes``: of every quantised layer the bytes of its weights in the file, and weights x bits / 8.
+    """
 
     path: str
     format: str
@@ -363,6 +366,7 @@ class Artifact(Document):
     facts: dict[str, str] = {}
     preprocessing: Preprocessing | None = None
     checks: dict[str, str | float | int | bool] = {}
+    layer_bytes: dict[str, tuple[int, int]] = {}
 
 
 class Config(Document):

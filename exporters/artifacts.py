@@ -6,19 +6,24 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
 
 from edgecompress.errors import BadFileError, UnknownNameError
 from edgecompress.exporters.interface import PROPERTY
+from edgecompress.exporters.record import recorded
 from edgecompress.exporters.runners import OnnxRuntimeRunner, OpenVinoRunner, Runner
 from edgecompress.exporters.saturation import SATURATION
-from edgecompress.files import read_json
-from edgecompress.spec import Preprocessing
+from edgecompress.files import file_sha256
+from edgecompress.spec import Artifact, Preprocessing
 
 if TYPE_CHECKING:
     import onnx
 
 PREPROCESS = "edgecompress.preprocess"
+NO_SATURATION = f"edgecompress.{SATURATION}"
+_UNPACKING = {"BitShift", "BitwiseAnd", "CumSum", "Gather"}  # one of them is in every storage that `packing` computes
 
 
 @dataclass(frozen=True)
@@ -26,13 +31,14 @@ class Opened:
     """A file in its runtime.
 
     ``preprocessing`` is what the file says of its images. ``as_written``: run without optimisation, so that its time means
-    nothing.
+    nothing. ``beside``: the files that hold its weights, where it does not.
     """
 
     runner: Runner
     pixels: bool
     preprocessing: Preprocessing | None = None
     as_written: bool = False
+    beside: tuple[Path, ...] = ()
 
 
 def open_artifact(path: Path, *, threads: int = 1, runtime: str = "") -> Opened:
@@ -51,24 +57,29 @@ def open_artifact(path: Path, *, threads: int = 1, runtime: str = "") -> Opened:
     if name not in RUNTIMES:
         raise UnknownNameError("runtime", name, RUNTIMES)
     if path.suffix == ".onnx":
-        model = _checked_onnx(path)
-        said = {entry.key: entry.value for entry in model.metadata_props}
-        if name == "openvino" and _is_packed(model):
-            raise BadFileError(
-                f"{path.name} holds weights below 8 bits in a form that OpenVINO does not unpack rightly. Export --format openvino."
-            )
-        as_written = name == "onnxruntime" and is_trt_dialect(model)
-        if name == "onnxruntime" and said.get(f"edgecompress.{SATURATION}") == "none":
-            runner: Runner = OnnxRuntimeRunner(path, threads=threads, precise=False)
-            return Opened(runner, _takes_pixels(said), _prepared(said))
-        return Opened(RUNTIMES[name](path, threads, not as_written), _takes_pixels(said), _prepared(said), as_written)
+        return _open_onnx(path, name, threads)
     if SUFFIXES[path.suffix] != name:
         raise BadFileError(f"{name} does not read {path.suffix} files; leave --runtime out.")
     runner = RUNTIMES[name](path, threads, True)
-    said = dict(getattr(runner, "metadata", {}))
-    if "preprocessing" in (record := _recorded(path)):
-        said.setdefault(PREPROCESS, json.dumps(record["preprocessing"]))
-    return Opened(runner, _takes_pixels(said), _prepared(said))
+    said = _said(path, getattr(runner, "metadata", {}))
+    weights = path.with_suffix(".bin")
+    beside = (weights,) if path.suffix in (".param", ".xml") and weights.is_file() else ()
+    return Opened(runner, _takes_pixels(said), _prepared(said), beside=beside)
+
+
+def _open_onnx(path: Path, name: str, threads: int) -> Opened:
+    model, beside = _checked_onnx(path)
+    said = _said(path, {entry.key: entry.value for entry in model.metadata_props})
+    if name == "openvino" and _is_packed(model):
+        raise BadFileError(
+            f"{path.name} holds weights below 8 bits in a form that OpenVINO does not unpack rightly. Export --format openvino."
+        )
+    as_written = name == "onnxruntime" and is_trt_dialect(model)
+    if name == "onnxruntime" and said.get(NO_SATURATION) == "none":
+        runner: Runner = OnnxRuntimeRunner(path, threads=threads, precise=False)
+        return Opened(runner, _takes_pixels(said), _prepared(said), beside=beside)
+    runner = RUNTIMES[name](path, threads, not as_written)
+    return Opened(runner, _takes_pixels(said), _prepared(said), as_written, beside)
 
 
 def _onnx_runtime(path: Path, threads: int, optimise: bool) -> Runner:
@@ -82,14 +93,15 @@ def _openvino(path: Path, threads: int, optimise: bool) -> Runner:
 def _ncnn(path: Path, threads: int, optimise: bool) -> Runner:
     from edgecompress.exporters.more_runners import NcnnRunner
 
-    sizes = next(iter(_recorded(path).get("inputs", {}).values()), [1, 0, 0, 0])
-    return NcnnRunner(path, threads=threads, shape=tuple(int(size) for size in sizes[1:]))
+    artifact = _recorded(path)
+    sizes = next(iter(artifact.inputs.values()), []) if artifact else [1, 0, 0, 0]
+    return NcnnRunner(path, threads=threads, shape=tuple(size if isinstance(size, int) else 0 for size in sizes[1:]))
 
 
 def _executorch(path: Path, threads: int, optimise: bool) -> Runner:
     from edgecompress.exporters.more_runners import ExecuTorchRunner
 
-    return ExecuTorchRunner(path)
+    return ExecuTorchRunner(path, threads=threads)
 
 
 def _litert(path: Path, threads: int, optimise: bool) -> Runner:
@@ -98,12 +110,50 @@ def _litert(path: Path, threads: int, optimise: bool) -> Runner:
     return LiteRtRunner(path, threads=threads)
 
 
-def _recorded(path: Path) -> dict[str, Any]:
-    """What ``export.json`` beside the file says of it: formats without properties of their own keep them there."""
-    record = path.with_name("export.json")
-    known: Mapping[str, Any] = read_json(record, "export record") if record.is_file() else {}
-    found = (entry for entry in known.values() if isinstance(entry, dict) and entry.get("path") == path.name)
-    return next(found, {})
+def _recorded(path: Path) -> Artifact | None:
+    """The row of the file in ``export.json``, which lies beside it (for TensorRT's files one folder up); None without one.
+
+    Raises:
+        BadFileError: the record is broken, or the row is that of another content of the file.
+    """
+    path = path.absolute()
+    folders = (path.parent, path.parent.parent) if path.parent.name == "tensorrt" else (path.parent,)
+    for folder in folders:
+        name = path.relative_to(folder).as_posix()
+        for format_name, row in recorded(folder).items():
+            if isinstance(row, dict) and row.get("path") == name:
+                return _checked_row(row, format_name, folder / "export.json", path)
+    return None
+
+
+def _checked_row(row: Mapping[str, object], format_name: str, record: Path, path: Path) -> Artifact:
+    try:
+        artifact = Artifact.model_validate(row)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, (format_name, *first["loc"])))
+        raise BadFileError(
+            f"The export record {record} is wrong at '{where}': {first['msg']}. Export {path.name} again."
+        ) from error
+    if artifact.sha256 != file_sha256(path):
+        raise BadFileError(
+            f"{path} does not say how it wants its images, and {record} describes another file of this name (its sha256 differs). "
+            "Export it again, or move it to a folder of its own."
+        )
+    return artifact
+
+
+def _said(path: Path, properties: Mapping[str, str]) -> Mapping[str, str]:
+    """The properties of a file; where it has none, those that its row in ``export.json`` has in their place."""
+    if PREPROCESS in properties or (artifact := _recorded(path)) is None:
+        return properties
+    facts = artifact.facts
+    said = {PROPERTY: json.dumps({"pixels": facts.get("pixels") == "True" or facts.get("input") == "uint8"})}
+    if artifact.preprocessing is not None:
+        said[PREPROCESS] = artifact.preprocessing.model_dump_json()
+    if facts.get("saturating_cpu") == "True":
+        said[NO_SATURATION] = "none"
+    return said | dict(properties)
 
 
 def _tensorrt(path: Path, threads: int, optimise: bool) -> Runner:
@@ -143,8 +193,8 @@ def _prepared(said: Mapping[str, str]) -> Preprocessing | None:
         raise BadFileError(f"The property {PREPROCESS} of the file is broken. Export it again.") from error
 
 
-def _checked_onnx(path: Path) -> onnx.ModelProto:
-    """The model without its outside data, once all paths in it are known to stay in its folder."""
+def _checked_onnx(path: Path) -> tuple[onnx.ModelProto, tuple[Path, ...]]:
+    """The model without its outside data, and the files with that, once all are known to lie in its folder."""
     import onnx
 
     try:
@@ -154,21 +204,29 @@ def _checked_onnx(path: Path) -> onnx.ModelProto:
             f"{path} is no ONNX file ({type(error).__name__}). Name an exported .onnx or a run folder."
         ) from error
     folder = path.parent.resolve()
-    for found in model.graph.initializer:
-        for entry in found.external_data:
-            if entry.key == "location" and not (folder / entry.value).resolve().is_relative_to(folder):
-                raise BadFileError(
-                    f"{path} wants to read {entry.value}, which lies outside its folder. Do not trust it; export it again."
-                )
-    return model
+    entries = (entry for found in model.graph.initializer for entry in found.external_data)
+    locations = sorted({entry.value for entry in entries if entry.key == "location"})
+    for location in locations:
+        if not (folder / location).resolve().is_relative_to(folder):
+            raise BadFileError(
+                f"{path} wants to read {location}, which lies outside its folder. Do not trust it; export it again."
+            )
+    return model, tuple(folder / location for location in locations)
 
 
 def _is_packed(model: onnx.ModelProto) -> bool:
-    """Whether weights are unpacked by arithmetic, see `packing`."""
+    """Whether what a DequantizeLinear reads is unpacked from constants by arithmetic, see `packing`, or has 2 bits."""
     import onnx
 
-    kinds = (onnx.TensorProto.UINT4, onnx.TensorProto.UINT2, onnx.TensorProto.INT2)
-    return any(found.data_type in kinds for found in model.graph.initializer)
+    kinds = (onnx.TensorProto.UINT2, onnx.TensorProto.INT2)
+    unpacked = {found.name: found.data_type in kinds for found in model.graph.initializer}  # made of constants alone
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and any(unpacked.get(name) for name in node.input):
+            return True
+        if all(name in unpacked for name in node.input if name):
+            how = node.op_type in _UNPACKING or any(unpacked[name] for name in node.input if name)
+            unpacked |= dict.fromkeys(node.output, how)
+    return False
 
 
 def is_trt_dialect(model: onnx.ModelProto) -> bool:

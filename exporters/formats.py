@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import math
-import shutil
+import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from numpy.typing import NDArray
 
 from edgecompress.errors import GoalMissedError, UnknownNameError, UsageError
 from edgecompress.exporters import conversions, verify
 from edgecompress.exporters.emulate import emulate
-from edgecompress.exporters.interface import adapt, on_pixel_grid, signature
+from edgecompress.exporters.interface import adapt, on_pixel_grid, say, signature
 from edgecompress.exporters.memory import planned_activation_bytes
 from edgecompress.exporters.onnx_writing import (
     BASE_OPSET,
@@ -26,16 +28,17 @@ from edgecompress.exporters.onnx_writing import (
     IR_VERSIONS,
     oldest_onnxruntime,
 )
-from edgecompress.exporters.record import check_place, record, write_all
+from edgecompress.exporters.record import RECORD, as_record, check_place, recorded
 from edgecompress.exporters.runners import OnnxRuntimeRunner, Runner, run_all
 from edgecompress.exporters.saturation import SATURATION, weights_saturate, without_saturation
 from edgecompress.exporters.source import ExportSource
 from edgecompress.exporters.to_onnx import float_model
 from edgecompress.exporters.to_onnxruntime import integer_model
-from edgecompress.files import file_sha256, sha256, written_whole
+from edgecompress.files import disk_error, sha256, write_together
 from edgecompress.quantize import QuantizedGraph
 from edgecompress.spec import Artifact
-from edgecompress.tasks import Task
+
+OPENVINO_FILE = "model.openvino.onnx"
 
 
 @dataclass(frozen=True)
@@ -53,20 +56,29 @@ class Made:
     opset: int = 0
     ir_version: int = 0
 
+    @property
+    def is_right(self) -> bool:
+        """Whether no check failed."""
+        return not self.checks.failures
+
 
 @dataclass(frozen=True)
 class Exporter:
-    """A format that is an ONNX file or made from one: how that is written and proven. ``beside`` adds files for the device.
+    """A format that is an ONNX file or made from one: how that is written and proven.
 
-    ``convert`` makes the files of another format from the finished ONNX model; ``file_name`` is the first of them.
+    ``beside`` makes more files for the device from the finished one. ``convert`` makes the files of another format from the
+    finished ONNX model; ``file_name`` is the first of them. ``outdates`` are files that were built from an earlier export, and
+    their row in ``export.json``. ``says_score``: the file itself tells the score that it was proven to have.
     """
 
     dialect: str
     file_name: str
     write: Callable[[ExportSource], onnx.ModelProto]
     check: Callable[[ExportSource, bytes], verify.Checks]
-    beside: Callable[[ExportSource, Path], None] | None = None
+    beside: Callable[[ExportSource, bytes], Mapping[str, bytes]] | None = None
     convert: Callable[[ExportSource, bytes, bool], conversions.Converted] | None = None
+    outdates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    says_score: bool = False
 
     def make(self, source: ExportSource, check: bool) -> Made:
         """Write the ONNX file, prove it, put the interface around it, and convert it where the format is another."""
@@ -74,9 +86,12 @@ class Exporter:
         plain = model.SerializeToString()
         checks = self.check(source, plain) if check else verify.Checks({"verified": False})
         model = adapt(model, source.interface, source.preprocessing)
+        changed = model.SerializeToString() != plain
+        if self.says_score and not source.interface.bare:
+            say(model, {name: f"{value:.6g}" for name, value in _score(source, checks).items()})
         data = model.SerializeToString()
-        if check and data != plain:
-            onnx.checker.check_model(data, full_check=True)
+        if check and changed:
+            verify.require_valid(data)
             outer, inner = OnnxRuntimeRunner(data, optimise=False), OnnxRuntimeRunner(plain, optimise=False)
             _require_same_answers(checks, source, outer, inner)
         files, oldest = {self.file_name: data}, _oldest(self, source, model)
@@ -103,7 +118,8 @@ class DirectExporter:
     dialect: str
     file_name: str
     make: Callable[[ExportSource, bool], Made]
-    beside: Callable[[ExportSource, Path], None] | None = None
+    beside: None = None
+    outdates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def _write_onnx(source: ExportSource) -> onnx.ModelProto:
@@ -113,12 +129,22 @@ def _write_onnx(source: ExportSource) -> onnx.ModelProto:
 
 
 def _check_onnx(source: ExportSource, data: bytes) -> verify.Checks:
-    shapes = verify.check_shapes(source.graph, source.network, source.policy)
-    memory = planned_activation_bytes(source.graph)
     return verify.merged(
-        shapes,
-        verify.check_float(data, source.graph, source.images),
-        verify.check_memory(memory, len(data), source.target.memory_mb),
+        verify.check_float(data, source.graph, source.images), *_check_network(source, len(data), None)
+    )
+
+
+def _check_network(
+    source: ExportSource, file_bytes: int, quantized: QuantizedGraph | None
+) -> tuple[verify.Checks, verify.Checks]:
+    """What every format must keep: the policy's channels, and the memory of the target for one batch of the file."""
+    activations = planned_activation_bytes(
+        source.graph, quantized.tensors if quantized else (), batch=source.interface.batch or 1
+    )
+    unpacked = sum(weight.values.size for weight in quantized.weights.values()) if quantized else 0
+    return (
+        verify.check_shapes(source.graph, source.network, source.policy),
+        verify.check_memory(activations, max(unpacked, file_bytes), source.target.memory_mb),
     )
 
 
@@ -148,8 +174,6 @@ def _for_the_cpu(source: ExportSource) -> QuantizedGraph:
 
 def _check_ort(source: ExportSource, data: bytes) -> verify.Checks:
     quantized = _for_the_cpu(source)
-    memory = planned_activation_bytes(source.graph, quantized.tensors)
-    unpacked = sum(weight.values.size for weight in quantized.weights.values())
     return verify.merged(
         verify.check_ort(
             data,
@@ -159,7 +183,7 @@ def _check_ort(source: ExportSource, data: bytes) -> verify.Checks:
             precise=not _avoids_saturation(source),
         ),
         verify.check_size(data, quantized),
-        verify.check_memory(memory, max(unpacked, len(data)), source.target.memory_mb),
+        *_check_network(source, len(data), quantized),
     )
 
 
@@ -187,39 +211,60 @@ def _write_openvino(source: ExportSource) -> onnx.ModelProto:
 def _check_openvino(source: ExportSource, data: bytes) -> verify.Checks:
     from edgecompress.exporters.check_openvino import check_openvino
 
-    return check_openvino(data, _for_the_cpu(source), source.images, class_scores=source.task.class_scores)
+    quantized = _for_the_cpu(source)
+    return verify.merged(
+        check_openvino(data, quantized, source.images, class_scores=source.task.class_scores),
+        verify.check_size(data, quantized),
+        *_check_network(source, len(data), quantized),
+    )
 
 
 def _write_trt(source: ExportSource) -> onnx.ModelProto:
     from edgecompress.exporters import to_tensorrt
 
-    limit = source.target.max_opset if source.target.exporter == "tensorrt" else FOUR_BITS_OPSET
-    limit, batch = source.interface.opset(limit), source.interface.batch_or(1)
+    limit, batch = source.interface.opset(_trt_limit(source)), source.interface.batch_or(1)
     if source.quantized is None:
         return float_model(source.graph, opset=min(limit, BASE_OPSET), batch=batch, metadata=source.metadata)
     opset = to_tensorrt.opset_for(source.quantized, limit)
     return to_tensorrt.integer_model(source.quantized, opset=opset, batch=batch, metadata=source.metadata)
 
 
+def _trt_limit(source: ExportSource) -> int:
+    """The highest opset for the target. INT4 is read by TensorRT 10 and later, also where their manual ends at opset 20, but
+    only who asks for it by ``--max-opset`` gets it there."""
+    from edgecompress.exporters.build_on_device import version_of
+
+    target, asked = source.target, source.interface.max_opset or 0
+    if target.exporter != "tensorrt" or (asked >= FOUR_BITS_OPSET and version_of(target.runtime_version) >= (10,)):
+        return FOUR_BITS_OPSET
+    return target.max_opset
+
+
 def _check_trt(source: ExportSource, data: bytes) -> verify.Checks:
     if source.quantized is None:
-        return verify.check_float(data, source.graph, source.images)
-    return verify.check_trt(data, source.quantized, source.images, class_scores=source.task.class_scores)
+        return _check_onnx(source, data)
+    return verify.merged(
+        verify.check_trt(data, source.quantized, source.images, class_scores=source.task.class_scores),
+        verify.check_size(data, source.quantized),
+        *_check_network(source, len(data), source.quantized),
+    )
 
 
-def _files_for_the_device(source: ExportSource, folder: Path) -> None:
+def _files_for_the_device(source: ExportSource, model: bytes) -> dict[str, bytes]:
     """The build script, and inputs with the outputs that the engine must give: 16 images, of small ones up to 64."""
     from edgecompress.exporters.simulate_tensorrt import engine_limits
 
-    shutil.copyfile(Path(__file__).with_name("build_on_device.py"), folder / "build_on_device.py")
-    runner = OnnxRuntimeRunner(folder / "model.onnx", optimise=False)
+    runner = OnnxRuntimeRunner(model, optimise=False)
     plain = source.images[: min(max(16, 12_000_000 // source.images[0].nbytes), 64)]
     images = source.interface.images(plain, source.preprocessing)
-    outputs = run_all(runner, images)
     limits = engine_limits(source.quantized, plain) if source.quantized is not None else {}
-    arrays: dict[str, Any] = {"inputs": images, "outputs": outputs, **limits}
-    with written_whole(folder / "reference.npz") as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
+    arrays: dict[str, Any] = {"inputs": images, "outputs": run_all(runner, images), **limits}
+    reference = io.BytesIO()
+    np.savez(reference, **arrays)
+    return {
+        "build_on_device.py": Path(__file__).with_name("build_on_device.py").read_bytes(),
+        "reference.npz": reference.getvalue(),
+    }
 
 
 def _make_litert(source: ExportSource, check: bool) -> Made:
@@ -249,10 +294,9 @@ def _make_litert(source: ExportSource, check: bool) -> Made:
             whole = check_contents(model, quantized)
             checks.values |= whole.values
             checks.failures += whole.failures
-        peak = planned_activation_bytes(source.graph, quantized.tensors)
-        limit = verify.check_memory(peak, len(model.data), source.target.memory_mb)
-        checks.values |= limit.values
-        checks.failures += limit.failures
+        for more in _check_network(source, len(model.data), quantized):
+            checks.values |= more.values
+            checks.failures += more.failures
     return Made(
         files={"model.tflite": model.data},
         checks=checks,
@@ -263,7 +307,7 @@ def _make_litert(source: ExportSource, check: bool) -> Made:
 
 
 EXPORTERS: dict[str, Exporter | DirectExporter] = {
-    "onnx": Exporter("float", "model.onnx", _write_onnx, _check_onnx),
+    "onnx": Exporter("float", "model.onnx", _write_onnx, _check_onnx, says_score=True),
     "onnxruntime": Exporter("ort", "model.int8.onnx", _write_ort, _check_ort),
     "ort": Exporter(
         "ort", "model.int8.ort", _write_ort, _check_ort, convert=partial(conversions.optimised, name="model.int8.ort")
@@ -278,8 +322,15 @@ EXPORTERS: dict[str, Exporter | DirectExporter] = {
     "ncnn": Exporter("float", "model.ncnn.param", _write_plain, _check_onnx, convert=conversions.ncnn),
     "executorch": Exporter("xnnpack", "model.pte", _write_plain, _check_onnx, convert=conversions.executorch),
     "litert": DirectExporter("litert", "model.tflite", _make_litert),
-    "openvino": Exporter("ort", "model.openvino.onnx", _write_openvino, _check_openvino),
-    "tensorrt": Exporter("trt", "tensorrt/model.onnx", _write_trt, _check_trt, _files_for_the_device),
+    "openvino": Exporter("ort", OPENVINO_FILE, _write_openvino, _check_openvino),
+    "tensorrt": Exporter(
+        "trt",
+        "tensorrt/model.onnx",
+        _write_trt,
+        _check_trt,
+        _files_for_the_device,
+        outdates={"engine": ("tensorrt/model.engine", "tensorrt/engine.json")},
+    ),
 }
 
 
@@ -308,23 +359,23 @@ def export(source: ExportSource, format_name: str, folder: Path, *, check: bool 
             f"The outputs of the task '{source.task.name}' are no scores of classes, so that no {interface.head} can follow. "
             "Leave --head out."
         )
-    made = exporter.make(source, check)
+    known = recorded(folder)
+    try:
+        made = exporter.make(source, check)
+        beside = exporter.beside(source, made.files[exporter.file_name]) if exporter.beside and made.is_right else {}
+    except OSError as error:  # temporary files
+        raise disk_error(Path(error.filename or tempfile.gettempdir()), error) from error
     checks = made.checks
-    if check and source.labels is not None and checks.outputs is not None:
-        checks.values |= _score(source.task, checks.outputs, source.labels)
+    checks.values |= _score(source, checks)
     if checks.failures:
         raise GoalMissedError(
             f"The {format_name} export failed its proof: {'; '.join(checks.failures)}. Nothing was written; report it with the run folder."
         )
-    path = folder / exporter.file_name
-    write_all(folder, made.files)
-    if exporter.beside is not None:
-        exporter.beside(source, path.parent)
     artifact = Artifact(
         path=exporter.file_name,
         format=format_name,
         dialect=exporter.dialect,
-        sha256=file_sha256(path),
+        sha256=sha256(made.files[exporter.file_name]),
         size_bytes=sum(len(content) for content in made.files.values()),
         policy_sha256=sha256(source.policy.model_dump_json().encode()),
         inputs=dict(made.inputs),
@@ -335,9 +386,29 @@ def export(source: ExportSource, format_name: str, folder: Path, *, check: bool 
         facts=source.facts,
         preprocessing=source.preprocessing,
         checks=checks.values,
+        layer_bytes=checks.layer_bytes,
     )
-    record(folder, format_name, artifact)
+    _write(folder, exporter, made.files, beside, known, artifact)
     return artifact
+
+
+def _write(
+    folder: Path,
+    exporter: Exporter | DirectExporter,
+    files: Mapping[str, bytes],
+    beside: Mapping[str, bytes],
+    known: Mapping[str, Any],
+    artifact: Artifact,
+) -> None:
+    """All files with their record, or nothing; what was built from an earlier export goes then."""
+    still = {row: said for row, said in known.items() if row not in exporter.outdates}
+    path = folder / exporter.file_name
+    together = {path.with_name(name): content for name, content in beside.items()}
+    # The file that names the artifact comes after those that it needs, the record last.
+    together |= {folder / name: content for name, content in reversed(list(files.items()))}
+    write_together(together | {folder / RECORD: as_record(still, artifact.format, artifact)})
+    for name in (name for names in exporter.outdates.values() for name in names):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _require_same_answers(checks: verify.Checks, source: ExportSource, outer: Runner, inner: Runner) -> None:
@@ -352,9 +423,12 @@ def _require_same_answers(checks: verify.Checks, source: ExportSource, outer: Ru
     checks.require(same >= 0.99, "interface_agreement", same, f"with {interface} {1 - same:.1%} of its answers change")
 
 
-def _score(task: Task, outputs: NDArray[np.float32], labels: NDArray[Any]) -> dict[str, verify.Value]:
-    """The task's own score on the images that were checked; empty where so few images have none."""
-    score = float(task.score([task.measure(torch.from_numpy(outputs), torch.from_numpy(labels))]))
+def _score(source: ExportSource, checks: verify.Checks) -> dict[str, float | int]:
+    """The task's own score of the file on the images that were checked; empty where nothing was, or so few have none."""
+    if source.labels is None or checks.outputs is None:
+        return {}
+    task, outputs, labels = source.task, torch.from_numpy(checks.outputs), torch.from_numpy(source.labels)
+    score = float(task.score([task.measure(outputs, labels)]))
     return {task.score_name: score, "scored_images": len(labels)} if math.isfinite(score) else {}
 
 
@@ -364,6 +438,12 @@ def _oldest(exporter: Exporter, source: ExportSource, model: onnx.ModelProto) ->
         if source.target.exporter == "tensorrt":
             return f"TensorRT {source.target.runtime_version}"
         return f"TensorRT {'10.0' if model.opset_import[0].version >= FOUR_BITS_OPSET else '8.5'}"
+    if exporter.file_name == OPENVINO_FILE:
+        return (
+            f"OpenVINO {version('openvino')}, the one it was proven in"
+            if find_spec("openvino")
+            else "OpenVINO, not tried"
+        )
     return f"ONNX Runtime {oldest_onnxruntime(model)}"
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecompress.errors import BadFileError, MissingBackendError
-from edgecompress.exporters.runners import Floats, Images
+from edgecompress.errors import BadFileError, MissingBackendError, UsageError
+from edgecompress.exporters.runners import Floats, Images, called, cannot_run, reason, require_images
 
 _NCNN_MAGIC = "7767517"
 
@@ -69,35 +70,56 @@ class NcnnRunner:
 
 
 class ExecuTorchRunner:
-    """A ``.pte`` program on ExecuTorch's own thread pool.
+    """A ``.pte`` program; the process has one thread pool for all of them.
 
     Raises:
-        MissingBackendError: ExecuTorch is not installed. BadFileError: it refuses the file.
+        MissingBackendError: ExecuTorch is not installed. BadFileError: it refuses the file. UsageError: a program that is
+        loaded already runs on another number of threads.
     """
 
     dtype = np.dtype(np.float32)
+    _loaded: ClassVar[WeakSet[ExecuTorchRunner]] = WeakSet()
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, threads: int = 1) -> None:
         import torch
 
         try:
+            from executorch.extension.pybindings import portable_lib
             from executorch.runtime import Runtime
         except ImportError as error:
             raise missing("ExecuTorch", "executorch") from error
+        self.runtime, self._what = f"ExecuTorch {version('executorch')}", path
+        self._set_threads(portable_lib, threads)
         try:
             self._program = Runtime.get().load_program(path.read_bytes())
             self._method: Any = self._program.load_method("forward")
             meta = self._method.metadata.input_tensor_meta(0)
         except Exception as error:
-            raise BadFileError(f"ExecuTorch {version('executorch')} refuses {path}: {error}") from error
+            raise BadFileError(f"{self.runtime} refuses {path}: {reason(error)}") from error
         self._torch = torch
+        self._loaded.add(self)
         sizes = tuple(int(size) for size in meta.sizes())
         self.batch, self.shape = sizes[0], sizes[1:]
-        self.runtime = f"ExecuTorch {version('executorch')}"
+
+    def _set_threads(self, library: Any, threads: int) -> None:
+        """A program keeps the pool that it was loaded with: one that is loaded would run into freed memory."""
+        usual = library._threadpool_get_thread_count()
+        if usual == threads:
+            return
+        if self._loaded:
+            raise UsageError(
+                f"{self._what} cannot run on {threads} threads while another ExecuTorch program is loaded on {usual}. Give both the "
+                "same number, or drop the other first."
+            )
+        library._unsafe_reset_threadpool(threads)
 
     def run(self, images: Images) -> Floats:
         """Outputs for a batch of the file's own size."""
-        result: Floats = self._method.execute([self._torch.from_numpy(np.ascontiguousarray(images))])[0].numpy().copy()
+        try:
+            outputs = self._method.execute([self._torch.from_numpy(np.ascontiguousarray(images))])
+            result: Floats = outputs[0].numpy().copy()
+        except Exception as error:
+            raise cannot_run(self.runtime, self._what, images, error) from error
         return result
 
 
@@ -118,7 +140,7 @@ class LiteRtRunner:
             from ai_edge_litert.interpreter import Interpreter, OpResolverType
         except ImportError as error:
             raise missing("LiteRT", "litert") from error
-        path = model if isinstance(model, Path) else "the model"
+        self.runtime, self._what = f"LiteRT {version('ai-edge-litert')}", called(model)
         kernels = OpResolverType.AUTO if xnnpack else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
         content = model.read_bytes() if isinstance(model, Path) else model
         try:
@@ -133,23 +155,22 @@ class LiteRtRunner:
             self._interpreter.allocate_tensors()
             self.metadata = _litert_metadata(content)
         except Exception as error:
-            raise BadFileError(f"LiteRT {version('ai-edge-litert')} refuses {path}: {error}") from error
+            raise BadFileError(f"{self.runtime} refuses {self._what}: {reason(error)}") from error
         entries, results = self._interpreter.get_input_details(), self._interpreter.get_output_details()
+        require_images(self._what, [np.dtype(entry["dtype"]) for entry in entries])
         self._entry, self._result = entries[0], results[0]
         self.dtype: np.dtype[Any] = np.dtype(self._entry["dtype"])
-        if len(entries) != 1 or self.dtype not in (np.dtype(np.float32), np.dtype(np.uint8)):
-            raise BadFileError(
-                f"{path} takes {len(entries)} inputs, the first of {self.dtype}; expected one of float or uint8."
-            )
         sizes = tuple(int(size) for size in self._entry["shape"])
         self.batch, self.shape = sizes[0], sizes[1:]
-        self.runtime = f"LiteRT {version('ai-edge-litert')}"
 
     def run(self, images: Images) -> Floats:
         """Outputs for a batch of the file's own size."""
-        self._interpreter.set_tensor(self._entry["index"], np.ascontiguousarray(images))
-        self._interpreter.invoke()
-        result: Floats = self._interpreter.get_tensor(self._result["index"]).copy()
+        try:
+            self._interpreter.set_tensor(self._entry["index"], np.ascontiguousarray(images))
+            self._interpreter.invoke()
+            result: Floats = self._interpreter.get_tensor(self._result["index"]).copy()
+        except Exception as error:
+            raise cannot_run(self.runtime, self._what, images, error) from error
         return result
 
     def tensor(self, number: int) -> NDArray[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,12 +10,14 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgecompress.graph import Graph, Node
+from edgecompress.errors import BadModelError
+from edgecompress.graph import REDUCTIONS, Graph, Node
 from edgecompress.spec import Preprocessing
 
 # The IR version that belongs to an opset (onnx's Versioning.md); an older runtime refuses a newer IR.
 IR_VERSIONS = {15: 8, 16: 8, 17: 8, 18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11, 24: 12, 25: 13}
 BASE_OPSET = 17
+AXES_INPUT_OPSET = 18  # from here on `REDUCTIONS` take their axes as an input
 FOUR_BITS_OPSET = 21
 # Oldest ONNX Runtime that loads and runs a file of this opset, tried with the wheels from 1.16.3 on (older: not tried).
 _OLDEST_ONNXRUNTIME = {15: "1.16", 20: "1.17", 21: "1.18", 22: "1.21", 23: "1.23", 24: "1.24"}
@@ -85,7 +88,11 @@ def model_around(
     batch: int | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> onnx.ModelProto:
-    """A checked model whose input and output keep the graph's names, with a dynamic batch unless ``batch`` is given."""
+    """A checked model whose input and output keep the graph's names, with a dynamic batch unless ``batch`` is given.
+
+    Raises:
+        BadModelError: an operator has no such form in ``opset``.
+    """
     sizes: list[int | str] = [batch if batch else "N"]
     inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, sizes + list(graph.shapes[n])) for n in graph.inputs]
     outputs = [
@@ -99,7 +106,42 @@ def model_around(
     )
     for key, value in (metadata or {}).items():
         model.metadata_props.append(onnx.StringStringEntryProto(key=f"edgecompress.{key}", value=value))
+    if opset >= AXES_INPUT_OPSET:
+        _take_axes_as_inputs(model.graph)
+    _check(model, opset)
     return model
+
+
+def _take_axes_as_inputs(graph: onnx.GraphProto) -> None:
+    """The last step of a writer: only then is the opset known that its storages need."""
+    taken = {value.name for value in (*graph.input, *graph.output, *graph.initializer)}
+    taken.update(name for found in graph.node for name in (*found.input, *found.output))
+    names, written = Names(sorted(taken), used=len(taken)), dict[tuple[int, ...], str]()
+    attributes = [
+        (found, attribute)
+        for found in graph.node
+        for attribute in found.attribute
+        if found.op_type in REDUCTIONS and attribute.name == "axes"
+    ]
+    for found, attribute in attributes:
+        axes = tuple(attribute.ints)
+        if axes not in written:
+            written[axes] = names.new()
+            graph.initializer.append(tensor(written[axes], np.array(axes, np.int64)))
+        found.input.append(written[axes])
+        found.attribute.remove(attribute)
+
+
+def _check(model: onnx.ModelProto, opset: int) -> None:
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        reason = str(error).strip().splitlines()[0].removesuffix(".")
+        found = re.search(r"Name: (\S+) OpType: (\S+)", str(error))
+        what = f"The operator {found[2]} at '{found[1]}'" if found else "The network"
+        raise BadModelError(
+            f"{what} cannot be written as ONNX of opset {opset}: {reason}. Replace that operator, or report it with the network."
+        ) from error
 
 
 def metadata_of(preprocessing: Preprocessing, classes: Sequence[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""How an artifact reaches its folder: a place that can be written, all of its files or none, and its row in ``export.json``."""
+"""How an artifact reaches its folder: a place that can be written, and its row in ``export.json``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgecompress.errors import UsageError
+from edgecompress.errors import BadFileError, UsageError
 from edgecompress.exporters import verify
-from edgecompress.files import read_json, write_bytes, write_text
+from edgecompress.files import read_json, write_bytes
 from edgecompress.spec import Artifact
+
+RECORD = "export.json"
 
 
 def check_place(path: Path) -> None:
@@ -27,23 +29,25 @@ def check_place(path: Path) -> None:
         raise UsageError(f"Cannot write {path}: {folder} is no folder that you may write to. Name another place.")
 
 
-def write_all(folder: Path, files: Mapping[str, bytes]) -> None:
-    """All of ``files`` or none: the first, which names the artifact, comes last."""
-    new = [folder / name for name in files if not (folder / name).exists()]
-    try:
-        for name in reversed(list(files)):
-            write_bytes(folder / name, files[name])
-    except BaseException:
-        for path in new:
-            path.unlink(missing_ok=True)
-        raise
+def recorded(folder: Path) -> dict[str, Any]:
+    """What ``export.json`` of ``folder`` says, by format; nothing where there is none.
+
+    Raises:
+        BadFileError: it is no record.
+    """
+    path = folder / RECORD
+    known = read_json(path, "export record") if path.exists() else {}
+    if not isinstance(known, dict):
+        raise BadFileError(
+            f"The export record {path} is broken: it holds no formats by name. Delete it, then export again."
+        )
+    return known
 
 
-def record(folder: Path, format_name: str, artifact: Artifact) -> None:
-    """Write the artifact's row; those of other formats stay."""
-    path = folder / "export.json"
-    known: Mapping[str, object] = read_json(path, "export record") if path.exists() else {}
-    write_text(path, json.dumps({**known, format_name: artifact.model_dump(mode="json")}, indent=1) + "\n")
+def as_record(known: Mapping[str, Any], format_name: str, artifact: Artifact) -> bytes:
+    """The content of ``export.json`` with the artifact's row beside those in ``known``."""
+    rows = {**known, format_name: artifact.model_dump(mode="json")}
+    return (json.dumps(rows, indent=1) + "\n").encode()
 
 
 def record_engine(folder: Path, source: Artifact, built: Mapping[str, Any]) -> Artifact:
@@ -63,5 +67,5 @@ def record_engine(folder: Path, source: Artifact, built: Mapping[str, Any]) -> A
             "checks": checks,
         }
     )
-    record(folder, "engine", engine)
+    write_bytes(folder / RECORD, as_record(recorded(folder), "engine", engine))
     return engine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecompress.errors import BadFileError, MissingBackendError
+from edgecompress.errors import BadFileError, BadModelError, MissingBackendError
 
 Floats = NDArray[np.float32]
 Images = NDArray[Any]  # float32, or uint8 where a file takes that
@@ -30,7 +31,11 @@ class Runner(Protocol):
     runtime: str
 
     def run(self, images: Images) -> Floats:
-        """Outputs ``[N, classes]`` (``[N]`` class numbers behind an argmax) for images as the file takes them."""
+        """Outputs ``[N, classes]`` (``[N]`` class numbers behind an argmax) for images as the file takes them.
+
+        Raises:
+            BadFileError: it fails on them.
+        """
         ...
 
 
@@ -78,7 +83,7 @@ class OnnxRuntimeRunner:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what it logs as an error it also raises
         if precise and is_x86() and not has_vnni():
             options.add_session_config_entry("session.x64quantprecision", "1")
         if not optimise:
@@ -89,30 +94,28 @@ class OnnxRuntimeRunner:
             options.optimized_model_filepath = str(optimised_path)
             if optimised_path.suffix == ".ort":
                 options.add_session_config_entry("session.save_model_format", "ORT")
+        self.runtime, self._what = f"ONNX Runtime {onnxruntime.__version__}", called(model)
         try:
             self.session: Any = onnxruntime.InferenceSession(
                 model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:
-            what = model if isinstance(model, Path) else "the model"
-            raise BadFileError(
-                f"ONNX Runtime {onnxruntime.__version__} refuses {what}: {_first_line(error)}"
-            ) from error
-        entry = self.session.get_inputs()[0]
+            raise BadFileError(f"{self.runtime} refuses {self._what}: {reason(error)}") from error
+        entries = self.session.get_inputs()
+        require_images(self._what, [_TYPES.get(entry.type, entry.type) for entry in entries])
+        entry = entries[0]
         self.input_name: str = entry.name
-        self.runtime = f"ONNX Runtime {onnxruntime.__version__}"
         self.shape = tuple(size if isinstance(size, int) else 0 for size in entry.shape[1:])
         self.batch = entry.shape[0] if entry.shape and isinstance(entry.shape[0], int) else 0
-        if entry.type not in _TYPES or len(self.session.get_inputs()) != 1:
-            raise BadFileError(
-                f"The file takes {len(self.session.get_inputs())} inputs, the first of {entry.type}; expected one of float or uint8 images."
-            )
         self.dtype: np.dtype[Any] = _TYPES[entry.type]
         self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
 
     def run(self, images: Images) -> Floats:
         """Outputs for a batch."""
-        result: Floats = self.session.run(None, {self.input_name: images})[0]
+        try:
+            result: Floats = self.session.run(None, {self.input_name: images})[0]
+        except Exception as error:
+            raise cannot_run(self.runtime, self._what, images, error) from error
         return result
 
 
@@ -129,22 +132,26 @@ class OpenVinoRunner:
         except ImportError as error:
             raise MissingBackendError("OpenVINO is not installed. Run: pip install 'edgecompress[openvino]'") from error
         core = openvino.Core()
+        self.runtime, self._what = f"OpenVINO {openvino.__version__.split('-')[0]}", called(model)
         hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
         try:
             read = core.read_model(model if isinstance(model, bytes) else str(model))
             self._compiled: Any = core.compile_model(read, "CPU", hints)
         except Exception as error:
-            what = model if isinstance(model, Path) else "the model"
-            raise BadFileError(f"OpenVINO {openvino.__version__} refuses {what}: {_first_line(error)}") from error
-        entry = self._compiled.inputs[0]
+            raise BadFileError(f"{self.runtime} refuses {self._what}: {reason(error)}") from error
+        entries = self._compiled.inputs
+        require_images(self._what, [np.dtype(entry.element_type.to_dtype()) for entry in entries])
+        entry = entries[0]
         sizes = [dim.get_length() if dim.is_static else 0 for dim in entry.partial_shape]
         self.shape, self.batch = tuple(sizes[1:]), sizes[0]
         self.dtype: np.dtype[Any] = np.dtype(entry.element_type.to_dtype())
-        self.runtime = f"OpenVINO {openvino.__version__.split('-')[0]}"
 
     def run(self, images: Images) -> Floats:
         """Outputs for a batch."""
-        result: Floats = self._compiled([images])[0]
+        try:
+            result: Floats = self._compiled([images])[0]
+        except Exception as error:
+            raise cannot_run(self.runtime, self._what, images, error) from error
         return result
 
     def run_whole(self, images: Images) -> list[NDArray[Any]]:
@@ -161,20 +168,53 @@ class OpenVinoRunner:
         return sum(kind in ("Convolution", "FullyConnected", "MatMul") and how in ("u8", "i8") for kind, how in kinds)
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def called(model: Path | bytes) -> Path | str:
+    """What an error calls the file."""
+    return model if isinstance(model, Path) else "the model"
+
+
+def reason(error: Exception) -> str:
+    """The first line that says what is wrong; OpenVINO puts places of its source before it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return next((line for line in lines if not line.startswith(("Exception from ", "Check '"))), lines[0])
+
+
+def require_images(what: Path | str, kinds: Sequence[object]) -> None:
+    """Refuse a file that does not take one input of ``kinds``, which is float32 or uint8."""
+    if len(kinds) != 1 or kinds[0] not in _TYPES.values():
+        found = f"{len(kinds)} inputs" + (f", the first of {kinds[0]}" if kinds else "")
+        raise BadFileError(
+            f"{what} takes {found}; expected one of float or uint8 images. Name a file of one image input."
+        )
+
+
+def cannot_run(runtime: str, what: Path | str, images: Images, error: Exception) -> BadFileError:
+    """The error where a file was loaded and then fails on images."""
+    return BadFileError(
+        f"{runtime} cannot run {what} on {len(images)} images of shape {list(images.shape[1:])}: {reason(error)}. Give the batch "
+        "and the images that it was made for, or export it again."
+    )
 
 
 def run_all(runner: Runner, images: Images, *, batch: int = 256) -> Floats:
-    """Outputs for any number of images; a file of a fixed batch size gets its last batch filled up with the last image."""
+    """Outputs for any number of images; a file of a fixed batch size gets its last batch filled up with the last image.
+
+    Raises:
+        BadFileError: the file fails on them. BadModelError: it does not answer each image.
+    """
     size = runner.batch or batch
     parts = []
     for start in range(0, len(images), size):
         part = images[start : start + size]
         missing = size - len(part) if runner.batch else 0
         filled = np.concatenate([part, np.repeat(part[-1:], missing, 0)]) if missing else part
-        parts.append(runner.run(filled)[: len(part)])
+        found = runner.run(filled)
+        if np.shape(found)[:1] != (len(filled),):
+            raise BadModelError(
+                f"The file gives outputs of shape {list(np.shape(found))} for {len(filled)} images; expected one row per image. "
+                "Name a file whose first output follows the batch."
+            )
+        parts.append(found[: len(part)])
     return np.concatenate(parts)
 
 

@@ -86,7 +86,7 @@ def _written(quantized: QuantizedGraph, opset: int) -> _Writer:
 
 def opset_for(quantized: QuantizedGraph, limit: int) -> int:
     """The lowest opset that holds everything, at most ``limit``."""
-    return min(limit, FOUR_BITS_OPSET if four_bit_layers(quantized) else BASE_OPSET)
+    return FOUR_BITS_OPSET if limit >= FOUR_BITS_OPSET and four_bit_layers(quantized) else min(limit, BASE_OPSET)
 
 
 def four_bit_layers(quantized: QuantizedGraph) -> frozenset[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -14,10 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from edgecompress.cost import kernels
+from edgecompress.errors import GoalMissedError
 from edgecompress.exporters import simulate_tensorrt
+from edgecompress.exporters.audit import bytes_of_layers, lacking, shapes_of_weights
 from edgecompress.exporters.emulate import emulate, float_islands, runs_in_integers
-from edgecompress.exporters.onnx_writing import Names
-from edgecompress.exporters.packing import store
 from edgecompress.exporters.runners import OnnxRuntimeRunner, is_x86, run_all
 from edgecompress.graph import Graph, Node
 from edgecompress.interpret import float_constants, run
@@ -41,6 +42,7 @@ class Checks:
     failures: list[str] = field(default_factory=list)
     outputs: NDArray[np.float32] | None = None  # of the file, for the images that it was checked on
     emulated: NDArray[np.float32] | None = None  # of the integer emulator, for the same images
+    layer_bytes: dict[str, tuple[int, int]] = field(default_factory=dict)  # in the file, and weights x bits / 8
 
     def require(self, holds: bool, name: str, value: Value, otherwise: str) -> None:
         """Record ``value``; a check that does not hold is a failure."""
@@ -63,18 +65,29 @@ def relative_error(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> f
     return float(np.linalg.norm(found - wanted) / max(float(np.linalg.norm(wanted)), 1e-9))
 
 
-def optimised_operators(model: bytes) -> Counter[str]:
-    """Operators of the graph that ONNX Runtime really runs (before layout transformation)."""
+def optimised(model: bytes) -> onnx.ModelProto:
+    """The graph that ONNX Runtime really runs (before layout transformation)."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimised.onnx"
         OnnxRuntimeRunner(model, optimised_path=path, precise=False)
-        return Counter(node.op_type for node in onnx.load(path).graph.node)
+        return onnx.load(path)
+
+
+def require_valid(model: bytes) -> None:
+    """Raises GoalMissedError where ONNX's checker or its shape inference refuses the file."""
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise GoalMissedError(
+            f"The file would be no valid ONNX: {str(error).strip().splitlines()[0]}. Nothing was written; report it with the run folder."
+        ) from error
 
 
 def check_float(model: bytes, graph: Graph, images: Images) -> Checks:
     """The float file against our own evaluation of the graph in torch."""
     checks = Checks()
-    onnx.checker.check_model(model, full_check=True)
+    require_valid(model)
+    _require_shapes(checks, onnx.load_from_string(model), graph)
     found = run_all(OnnxRuntimeRunner(model), images)
     with torch.no_grad():
         wanted = run(graph, torch.from_numpy(images), float_constants(graph)).numpy()
@@ -86,8 +99,19 @@ def check_float(model: bytes, graph: Graph, images: Images) -> Checks:
     return checks
 
 
+def _require_shapes(checks: Checks, held: onnx.ModelProto, graph: Graph) -> None:
+    """``held`` has the weights of every layer of ``graph`` at their full shapes, and no others in their place."""
+    missing = lacking(shapes_of_weights(held), (graph.constants[layer.inputs[1]].shape for layer in graph.layers))
+    checks.require(
+        not missing,
+        "shapes_in_file",
+        not missing,
+        f"the file lacks {len(missing)} weight tensors of shapes {missing[:3]}",
+    )
+
+
 def check_shapes(graph: Graph, network: Network, policy: CompressionPolicy) -> Checks:
-    """Every layer's initialiser has the channels that the policy says: removed, not masked."""
+    """Every layer of the graph that is written has the channels that the policy says: removed, not masked."""
     checks = Checks()
     found = {layer.name: graph.constants[layer.inputs[1]].shape for layer in graph.layers}
     elements = 0
@@ -129,8 +153,10 @@ def check_ort(
 ) -> Checks:
     """Fusion in ONNX Runtime and equality with the integer emulator; see `OnnxRuntimeRunner` for ``precise``."""
     checks = Checks()
-    onnx.checker.check_model(model, full_check=True)
-    operators = optimised_operators(model)
+    require_valid(model)
+    runs = optimised(model)
+    _require_shapes(checks, runs, quantized.graph)
+    operators = Counter(node.op_type for node in runs.graph.node)
     floats = sum(operators[name] for name in FLOAT_OPS)
     stay_float = sum(layer.name not in quantized.weights for layer in quantized.graph.layers)
     integer = operators["QLinearConv"] + operators["QGemm"]
@@ -161,22 +187,23 @@ def check_ort(
 
 
 def check_size(model: bytes, quantized: QuantizedGraph) -> Checks:
-    """Where the bytes are: weights against weights x bits / 8, everything else per node. Facts, nothing is refused."""
+    """Where the bytes are: weights of every layer against weights x bits / 8, everything else per node. Only facts but that
+    every layer is there."""
     proto = onnx.load_from_string(model)
-    opset, nodes = proto.opset_import[0].version, len(proto.graph.node)
-    stored = [store(w.values, w.bits, Names(), max_opset=opset) for w in quantized.weights.values()]
-    packed = sum(len(found.raw_data) for layer in stored for found in layer.initializers)
+    held = bytes_of_layers(proto)
+    exact = {name: math.ceil(weight.values.size * weight.bits / 8) for name, weight in quantized.weights.items()}
+    checks = Checks(layer_bytes={name: (held.get(name, 0), exact[name]) for name in exact})
+    packed = sum(stored for stored, _ in checks.layer_bytes.values())
     layers = [layer for layer in quantized.graph.layers if layer.name in quantized.weights]
-    exact = sum(weight.values.size * weight.bits / 8 for weight in quantized.weights.values())
     channels = sum(_channel_bytes(layer, quantized.weights[layer.name]) for layer in layers)
-    return Checks(
-        {
-            "weight_bytes": packed,
-            "weight_bytes_exact": round(exact),
-            "channel_bytes": channels,
-            "other_bytes_per_node": round((len(model) - packed - channels) / nodes, 1),
-        }
-    )
+    absent = [name for name, (stored, _) in checks.layer_bytes.items() if not stored]
+    checks.require(not absent, "weight_bytes", packed, f"the file holds no weights of {', '.join(absent[:3])}")
+    checks.values |= {
+        "weight_bytes_exact": sum(exact.values()),
+        "channel_bytes": channels,
+        "other_bytes_per_node": round((len(model) - packed - channels) / len(proto.graph.node), 1),
+    }
+    return checks
 
 
 def _channel_bytes(layer: Node, weight: QuantizedWeight) -> int:
@@ -206,7 +233,9 @@ def check_trt(model: bytes, quantized: QuantizedGraph, images: Images, *, class_
     from edgecompress.exporters.check_tensorrt import BUILT, check_builds, mend_for, two_four_layers
     from edgecompress.exporters.to_tensorrt import lint
 
+    require_valid(model)
     checks, proto = Checks(), onnx.load_from_string(model)
+    _require_shapes(checks, proto, quantized.graph)
     broken = lint(proto)
     checks.require(
         not broken,
@@ -252,11 +281,6 @@ def merged(*parts: Checks) -> Checks:
     for part in parts:
         values |= part.values
     outputs = next((part.outputs for part in parts if part.outputs is not None), None)
-    return Checks(values, [failure for part in parts for failure in part.failures], outputs)
-
-
-def one_line(values: Mapping[str, Value]) -> str:
-    """The checks for a log line."""
-    return ", ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items()
-    )
+    failures = [failure for part in parts for failure in part.failures]
+    layer_bytes = {name: held for part in parts for name, held in part.layer_bytes.items()}
+    return Checks(values, failures, outputs, layer_bytes=layer_bytes)

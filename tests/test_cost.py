@@ -121,14 +121,15 @@ def cost(macs: int, size: int, latency: float | None) -> Cost:
 
 def test_rewards_by_hand():
     original, small = cost(1000, 400, 80.0), cost(500, 100, 20.0)
-    assert REWARDS["accuracy-flops-latency"](0.9, small, original) == pytest.approx(0.9 - 0.02 * (0.5 + 0.25))
+    assert REWARDS["accuracy-flops-latency"](0.9, small, original) == pytest.approx(0.9 - 0.02 * (0.5 + 0.25 + 0.25))
     assert REWARDS["accuracy-bytes-latency"](0.9, small, original) == pytest.approx(
         0.9 - 0.02 * (0.25 + 16 * 0.5 + 0.25)
     )
     assert REWARDS["accuracy"](0.9, small, original) == 0.9
     assert REWARDS["paper"](0.9, small, original) == pytest.approx(-0.1 * 5.521460917862246)
     without = cost(500, 100, None)
-    assert REWARDS["accuracy-flops-latency"](0.9, without, cost(1000, 400, None)) == pytest.approx(0.9 - 0.01)
+    assert REWARDS["accuracy-flops-latency"](0.9, without, cost(1000, 400, None)) == pytest.approx(0.9 - 0.015)
+    assert REWARDS["accuracy-flops-latency"](0.9, cost(500, 0, None), original) == pytest.approx(0.9 - 0.01)
 
 
 @pytest.mark.parametrize("name", list(REWARDS))

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from sample_networks import Mobile, Residual, patterns, settled
+from scipy.stats import spearmanr
 from torch import nn
 
 from edgecompress.cost import count
@@ -204,12 +205,15 @@ def test_noise_really_moves_at_the_settings_of_the_pipeline(tmp_path):
         config=Config(budget="flops=0.5x"), target=target_by_name("jetson"), data=data, run=RunFolder(tmp_path),
         progress=Silent(), original=model, traced=traced, limits=(), original_cost=count(traced.network, CompressionPolicy(model="")),
     )  # fmt: skip
+    begun = {name: layer.log_sigma2.detach().clone() for name, layer in with_noise(model)[1].items()}
     plain, noise = learn_noise(job, model)
-    moved = []
+    moved, ranks = [], []
     for name, log_alpha in noise.log_alpha.items():
-        log_sigma2 = log_alpha + (plain.get_submodule(name).weight.detach().pow(2) + 1e-8).log()
-        moved.append((log_sigma2 + 10).abs()[log_alpha.abs() < 8].flatten())
+        weight = plain.get_submodule(name).weight.detach()
+        moved.append((log_alpha + (weight.pow(2) + 1e-8).log() - begun[name]).abs()[log_alpha.abs() < 8].flatten())
+        ranks.append(spearmanr(-log_alpha.flatten(), weight.abs().flatten()).statistic)
     assert float(torch.cat(moved).median()) > 0.1
+    assert min(ranks) < 0.95
     assert {name for name, module in plain.named_modules() if isinstance(module, NoisyLayer)} == set()
 
 

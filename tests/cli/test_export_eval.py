@@ -8,6 +8,7 @@ import json
 
 import pytest
 from command_line import Called, call
+from onnx import TensorProto, helper
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -45,3 +46,40 @@ def test_export_refuses_what_cannot_be(tiny_run, tmp_path):
     refused(call("export", tiny_run, "--out", tmp_path), "it is a folder")
     refused(call("eval", tiny_run, "--csv", "--json"), "exclude each other")
     refused(call("eval", tiny_run, "--runtime", "onxruntime"), "Did you mean 'onnxruntime'")
+
+
+def test_bare_file_that_takes_pixels_is_measured_as_the_plain_one(tiny_run, tmp_path):
+    """Nothing in it says that it takes pixels; export.json beside it does."""
+    options = ("--format", "onnx", "--json", "--out")
+    assert call("export", tiny_run, *options, tmp_path / "plain").code == 0
+    called = call("export", tiny_run, "--fold-normalisation", "--strip-metadata", *options, tmp_path / "bare")
+    assert called.code == 0, called.err
+    bare = tmp_path / "bare" / "model.onnx"
+    called = call("eval", bare, "--against", tmp_path / "plain" / "model.onnx", "--json")
+    assert called.code == 0, called.err
+    found = json.loads(called.out)
+    assert found["comparison"]["agreement"] > 0.99 and abs(found["comparison"]["accuracy_points"]) < 1
+    bare.with_name("export.json").write_text("[1, 2]")
+    refused(call("eval", bare), "export.json is broken")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "words"),
+    [
+        ([("ReduceMean", ["x"], {"keepdims": 0})], "outputs of shape [] for 64 images"),
+        ([("Relu", ["x"], {})], "gives float32 (3, 32, 32) for one image"),
+        ([("GlobalAveragePool", ["x"], {}), ("Flatten", [], {})], "gives float32 (3,) for one image"),
+        ([("Add", ["x", "five"], {})], "cannot run"),
+    ],
+)
+def test_eval_of_a_foreign_file_is_one_sentence(nodes, words, tmp_path):
+    chain = [
+        helper.make_node(op, inputs or [f"v{number}"], [f"v{number + 1}"], **attributes)
+        for number, (op, inputs, attributes) in enumerate(nodes)
+    ]
+    image = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3, 32, 32])
+    output = helper.make_tensor_value_info(f"v{len(nodes)}", TensorProto.FLOAT, None)
+    graph = helper.make_graph(chain, "g", [image], [output], [helper.make_tensor("five", 1, [5, 1, 1, 1], [0.0] * 5)])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
+    refused(call("eval", tmp_path / "x.onnx"), words)

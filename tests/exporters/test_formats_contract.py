@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from dataclasses import replace
 from importlib.util import find_spec
@@ -20,8 +21,10 @@ from edgecompress.exporters import formats
 from edgecompress.exporters.formats import EXPORTERS, export
 from edgecompress.exporters.interface import Interface
 from edgecompress.exporters.quantized_file import load_quantized, save_graph, save_quantized
+from edgecompress.exporters.record import RECORD, as_record, recorded
 from edgecompress.exporters.runners import OnnxRuntimeRunner, has_vnni, is_x86
 from edgecompress.exporters.source import ExportSource
+from edgecompress.exporters.to_onnx import float_model
 from edgecompress.exporters.to_onnxruntime import integer_model
 from edgecompress.exporters.verify import Checks, agreement
 from edgecompress.files import file_sha256, sha256
@@ -209,6 +212,96 @@ def test_full_disk_leaves_nothing_under_the_final_name(name, source, tmp_path, m
     assert files(tmp_path) == []
 
 
+@pytest.mark.parametrize("number", range(1, 5))  # build_on_device.py, reference.npz, model.onnx, export.json
+def test_disk_that_fills_later_leaves_what_was_there(source, tmp_path, monkeypatch, number):
+    export(source, "tensorrt", tmp_path)
+    (tmp_path / "tensorrt/model.engine").write_bytes(b"of the first export")
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    real, calls = os.replace, []
+
+    def full_at(*arguments):
+        calls.append(arguments)
+        if len(calls) == number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", full_at)
+        with pytest.raises(EdgeCompressError, match="The disk is full"):
+            export(replace(source, classes=("e", "f", "g", "h")), "tensorrt", tmp_path)
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+
+
+def test_a_full_folder_for_temporary_files_is_one_sentence(source, tmp_path, monkeypatch):
+    def full(*arguments, **more):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("edgecompress.exporters.verify.tempfile.TemporaryDirectory", full)
+    with pytest.raises(EdgeCompressError, match="The disk is full"):
+        export(source, "onnxruntime", tmp_path)
+    assert files(tmp_path) == []
+
+
+def test_an_engine_of_an_earlier_export_goes_with_it(source, tmp_path):
+    artifact = export(source, "tensorrt", tmp_path)
+    for name in ("model.engine", "engine.json"):
+        (tmp_path / "tensorrt" / name).write_bytes(b"built from it")
+    (tmp_path / RECORD).write_bytes(as_record(recorded(tmp_path), "engine", artifact))
+    export(source, "tensorrt", tmp_path)
+    assert set(recorded(tmp_path)) == {"tensorrt"} and "tensorrt/model.engine" not in files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "tensorrt"])
+def test_every_format_audits_its_weights_and_plans_its_memory(name, source, tmp_path):
+    artifact = export(replace(source, interface=Interface(batch=4)), name, tmp_path / "four")
+    single = export(replace(source, interface=Interface(batch=1)), name, tmp_path / "one")
+    assert artifact.checks["activation_peak_bytes"] == 4 * single.checks["activation_peak_bytes"] > 0
+    assert set(artifact.layer_bytes) == set(source.quantized.weights)
+    for layer, (held, exact) in artifact.layer_bytes.items():
+        weight = source.quantized.weights[layer]
+        assert exact == math.ceil(weight.values.size * weight.bits / 8)
+        assert held == weight.values.size if name == "tensorrt" else exact <= held <= weight.values.size
+    model = onnx.load(tmp_path / "four" / artifact.path)
+    assert sum(len(found.raw_data) for found in model.graph.initializer) > sum(
+        a for a, _ in artifact.layer_bytes.values()
+    )
+
+
+def test_a_file_with_other_channels_than_the_graph_is_refused(source, tmp_path, monkeypatch):
+    wrong = make_source("residual" if "flat" in source.network.model else "flat")
+    monkeypatch.setitem(
+        EXPORTERS, "onnx", replace(EXPORTERS["onnx"], write=lambda _: float_model(wrong.graph, metadata={}))
+    )
+    with pytest.raises(GoalMissedError, match="lacks"):
+        export(source, "onnx", tmp_path)
+    assert files(tmp_path) == []
+
+
+def test_int4_is_stored_for_a_jetson_that_is_asked_for_it(tmp_path):
+    source = make_source("flat")
+    last = source.graph.layers[-1].name
+    weight = source.quantized.weights[last]
+    four = replace(weight, values=(weight.values // 16).astype(np.int8), scale=weight.scale * 16, bits=4)
+    quantized = replace(
+        source.quantized, weights={**source.quantized.weights, last: four}, half=frozenset({last})
+    )  # fmt: skip
+    source = replace(source, quantized=quantized)
+    assert source.target.max_opset == 20 and export(source, "tensorrt", tmp_path / "plain").opset == 17
+    artifact = export(replace(source, interface=Interface(max_opset=21)), "tensorrt", tmp_path)
+    kinds = {found.data_type for found in onnx.load(tmp_path / artifact.path).graph.initializer}
+    assert artifact.opset == 21 and onnx.TensorProto.INT4 in kinds
+    old = replace(source, target=target_by_name("jetson-xavier-nx"), interface=Interface(max_opset=21))
+    assert export(old, "tensorrt", tmp_path / "old").opset == 17
+
+
+def test_a_float_file_says_its_score(source, tmp_path):
+    labels = np.zeros(len(source.images), np.int64)
+    artifact = export(replace(source, labels=labels), "onnx", tmp_path)
+    said = {entry.key: entry.value for entry in onnx.load(tmp_path / artifact.path).metadata_props}
+    assert float(said["edgecompress.accuracy"]) == pytest.approx(artifact.checks["accuracy"])
+    assert said["edgecompress.scored_images"] == "24"
+
+
 def test_unverified_export_says_so(source, tmp_path):
     assert export(source, "onnx", tmp_path, check=False).checks == {"verified": False}
 
@@ -257,6 +350,7 @@ def test_record_that_is_broken_is_one_sentence(source, tmp_path):
     (tmp_path / "export.json").write_text("{ torn")
     with pytest.raises(BadFileError, match=r"export\.json"):
         export(source, "onnx", tmp_path)
+    assert files(tmp_path) == ["export.json"]
 
 
 def test_quantised_network_survives_its_file(source, tmp_path):

@@ -148,7 +148,7 @@ def test_planned_peak_is_the_widest_moment():
 
 
 def test_plan_over_the_targets_memory_is_a_missed_goal(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("edgecompress.exporters.formats.planned_activation_bytes", lambda *values: 9 << 30)
+    monkeypatch.setattr("edgecompress.exporters.formats.planned_activation_bytes", lambda *values, **more: 9 << 30)
     with pytest.raises(GoalMissedError, match=r"planned to take 9216 MiB, the target has 8192") as caught:
         export(source, "onnxruntime", tmp_path)
     assert caught.value.exit_code == 3 and files(tmp_path) == []

@@ -12,6 +12,7 @@ import pytest
 from sample_networks import integer_case, patterns
 from test_formats_contract import files, make_source
 
+from edgecompress.describe import network_of
 from edgecompress.errors import BadFileError, EdgeCompressError, MissingBackendError, UsageError
 from edgecompress.evaluation import evaluate_artifact
 from edgecompress.exporters import conversions, to_executorch
@@ -20,6 +21,7 @@ from edgecompress.exporters.formats import export
 from edgecompress.exporters.interface import Interface
 from edgecompress.exporters.runners import OnnxRuntimeRunner, measure_latency_us
 from edgecompress.exporters.to_onnx import float_model
+from edgecompress.spec import CompressionPolicy
 
 needs_ncnn = pytest.mark.skipif(not (find_spec("ncnn") and find_spec("pnnx")), reason="ncnn or pnnx is not installed")
 needs_executorch = pytest.mark.skipif(find_spec("executorch") is None, reason="executorch is not installed")
@@ -99,7 +101,10 @@ def operators_source(name):
     """A source around one of the networks of uncommon operators."""
     case = integer_case(name)
     quantized = case.quantized(8, 8)
-    return replace(make_source("residual"), graph=case.graph, quantized=quantized, images=case.images.numpy())
+    return replace(
+        make_source("residual"), graph=case.graph, quantized=quantized, images=case.images.numpy(),
+        network=network_of(case.graph, "case"), policy=CompressionPolicy(model="case"),
+    )  # fmt: skip
 
 
 @needs_executorch

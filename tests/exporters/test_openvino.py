@@ -10,11 +10,13 @@ import pytest
 from sample_networks import NETWORKS, OPERATOR_NETWORKS, integer_case
 from test_formats_contract import files, make_source
 
+from edgecompress.describe import network_of
 from edgecompress.errors import GoalMissedError
 from edgecompress.exporters import check_openvino
 from edgecompress.exporters.formats import export
 from edgecompress.exporters.interface import Interface
 from edgecompress.exporters.to_onnxruntime import integer_model
+from edgecompress.spec import CompressionPolicy
 
 pytestmark = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 
@@ -23,7 +25,10 @@ SEVEN_BITS = Interface(saturating_cpu=True)  # on every CPU each product is then
 
 def source_of(case, quantized, interface=SEVEN_BITS):
     source = make_source("residual")
-    return replace(source, graph=case.graph, quantized=quantized, images=case.images.numpy(), interface=interface)
+    return replace(
+        source, graph=case.graph, quantized=quantized, images=case.images.numpy(), interface=interface,
+        network=network_of(case.graph, "case"), policy=CompressionPolicy(model="case"),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

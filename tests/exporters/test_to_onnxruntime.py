@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from edgecompress.exporters.runners import OnnxRuntimeRunner, is_x86
 from edgecompress.exporters.saturation import without_saturation
 from edgecompress.exporters.sizes import CHANNEL_BYTES, FileSize, PlannedSize, stored_bytes
 from edgecompress.exporters.to_onnxruntime import gate_steps, grid, int32_bias, integer_model
-from edgecompress.exporters.verify import FLOAT_OPS, agreement, check_ort, fusion_report, optimised_operators
+from edgecompress.exporters.verify import FLOAT_OPS, agreement, check_ort, fusion_report, optimised
 from edgecompress.graph import build_graph
 from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.learned_steps import LearnedSteps
@@ -32,6 +33,10 @@ from edgecompress.trace import trace
 CASES = (*NETWORKS, *OPERATOR_NETWORKS, "resnet8")
 BITS = ("w8a8", "w4a4", "w2a8", "w8a2", "w3a5", "random0", "random1")
 needs_x86 = pytest.mark.skipif(not is_x86(), reason="ONNX Runtime is only known to be exact on x86")
+
+
+def operators_of(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in optimised(model.SerializeToString()).graph.node)
 
 
 def quantized_case(name: str, bits: str, weight_scales: WeightScales = "channel") -> QuantizedGraph:
@@ -72,7 +77,7 @@ def test_one_scale_per_weight_tensor_is_written_as_a_scalar_and_computed_bit_for
     dequantized = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
     assert all(not constants[node.input[1]].dims for node in dequantized)
     assert all(weight.scale.ndim == 0 for weight in quantized.weights.values())
-    operators = optimised_operators(model.SerializeToString())
+    operators = operators_of(model)
     assert operators["QLinearConv"] + operators["QGemm"] == len(quantized.graph.layers)
     with torch.no_grad():
         wanted, simulated = emulate(quantized, case.images).numpy(), simulate(quantized, case.images).numpy()
@@ -106,7 +111,7 @@ def test_one_scale_per_tensor_lasts_through_training_files_and_seven_bits(tmp_pa
 @pytest.mark.parametrize("name", CASES)
 def test_no_float_layer_is_left_in_the_optimised_graph(name, bits):
     quantized = quantized_case(name, bits)
-    operators = optimised_operators(integer_model(quantized).SerializeToString())
+    operators = operators_of(integer_model(quantized))
     assert not {op for op in FLOAT_OPS if operators[op]}
     assert operators["QLinearConv"] + operators["QGemm"] == len(quantized.graph.layers)
     assert operators["Relu"] == 0
@@ -321,7 +326,7 @@ def test_trained_steps_of_a_gates_input_still_meet_its_ends():
 def test_float_operators_are_named_in_the_report_and_silent_ones_refused():
     case = integer_case("gated")
     quantized = case.quantized(8, 8)
-    operators = optimised_operators(integer_model(quantized).SerializeToString())
+    operators = operators_of(integer_model(quantized))
     text, short = fusion_report(quantized, operators)
     assert short == "" and "QLinearMul 5 of 5" in text and "QLinearSigmoid 2 of 2" in text
     lost = {**operators, "QLinearMul": 3}
