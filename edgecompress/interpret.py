@@ -30,7 +30,8 @@ def _conv(node: Node, args: Arguments) -> Tensor:
         x, padding = F.pad(x, (left, right, top, bottom)), (0, 0)
     stride = tuple(node.attributes.get("strides", (1, 1)))
     dilation = tuple(node.attributes.get("dilations", (1, 1)))
-    if weight.shape[2:] == (1, 1) and padding == (0, 0):  # the same, and safe to train: see `layouts`
+    trained = weight.requires_grad and torch.is_grad_enabled()
+    if trained and stride != (1, 1) and weight.shape[2:] == (1, 1) and padding == (0, 0):  # the same, but safe: see `layouts`
         x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
     return F.conv2d(x, weight, bias, stride, padding, dilation, int(node.attributes.get("group", 1)))
 
