@@ -165,6 +165,7 @@ def test_fresh_process_reloads_the_run_to_the_same_outputs(tiny_run, tmp_path):
         assert (fresh["integers"].argmax(1) == fresh["model.int8.onnx"].argmax(1)).mean() >= 0.9
 
 
+@pytest.mark.slow  # three processes
 def test_run_killed_in_both_searches_resumes_to_the_policy_of_the_unbroken_one(tiny_run, tmp_path):
     """Also the proof that a seed decides: three other processes evaluated all of this again."""
     arguments = ("compress", *TINY, "--runs", tmp_path, "--name", "killed")
