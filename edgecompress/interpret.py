@@ -31,7 +31,9 @@ def _conv(node: Node, args: Arguments) -> Tensor:
     stride = tuple(node.attributes.get("strides", (1, 1)))
     dilation = tuple(node.attributes.get("dilations", (1, 1)))
     trained = weight.requires_grad and torch.is_grad_enabled()
-    if trained and stride != (1, 1) and weight.shape[2:] == (1, 1) and padding == (0, 0):  # the same, but safe: see `layouts`
+    if (
+        trained and stride != (1, 1) and weight.shape[2:] == (1, 1) and padding == (0, 0)
+    ):  # the same, but safe: see `layouts`
         x, stride = x[:, :, :: stride[0], :: stride[1]], (1, 1)
     return F.conv2d(x, weight, bias, stride, padding, dilation, int(node.attributes.get("group", 1)))
 
