@@ -13,7 +13,6 @@ def command(as_json: bool) -> None:
     \b
     Example:
       edgecompress zoo
-      edgecompress eval resnet20-cifar10 --data cifar10
     """
     import json
 
@@ -23,6 +22,8 @@ def command(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({name: card.model_dump(mode="json") for name, card in found.items()}, indent=1))
         return
+    if not found:
+        click.echo("No compressed network comes with this version; a run of your own is one: --model runs/NAME.")
     for name, card in found.items():
         click.echo(f"{name}: {card.base} on {card.data}")
         change = 100 * (card.accuracy - card.baseline_accuracy)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from edgecompress.errors import BadFileError, UnknownNameError
 from edgecompress.exporters.interface import PROPERTY
-from edgecompress.exporters.record import recorded
+from edgecompress.exporters.record import RECORD, recorded
 from edgecompress.exporters.runners import OnnxRuntimeRunner, OpenVinoRunner, Runner
 from edgecompress.exporters.saturation import SATURATION
 from edgecompress.files import file_sha256
@@ -122,7 +122,7 @@ def _recorded(path: Path) -> Artifact | None:
         name = path.relative_to(folder).as_posix()
         for format_name, row in recorded(folder).items():
             if isinstance(row, dict) and row.get("path") == name:
-                return _checked_row(row, format_name, folder / "export.json", path)
+                return _checked_row(row, format_name, folder / RECORD, path)
     return None
 
 

@@ -20,13 +20,14 @@ import torch
 from edgecompress.errors import GoalMissedError, UnknownNameError, UsageError
 from edgecompress.exporters import conversions, verify
 from edgecompress.exporters.emulate import emulate
-from edgecompress.exporters.interface import adapt, on_pixel_grid, say, signature
+from edgecompress.exporters.interface import adapt, on_pixel_grid, signature
 from edgecompress.exporters.memory import planned_activation_bytes
 from edgecompress.exporters.onnx_writing import (
     BASE_OPSET,
     FOUR_BITS_OPSET,
     IR_VERSIONS,
     oldest_onnxruntime,
+    say,
 )
 from edgecompress.exporters.record import RECORD, as_record, check_place, recorded
 from edgecompress.exporters.runners import OnnxRuntimeRunner, Runner, run_all

@@ -6,7 +6,6 @@ All of it is added around a finished model, whatever its dialect: the integers i
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -135,12 +134,6 @@ def adapt(model: onnx.ModelProto, interface: Interface, how: Preprocessing) -> o
     if not interface.bare:
         model.metadata_props.append(onnx.StringStringEntryProto(key=PROPERTY, value=interface.described))
     return model
-
-
-def say(model: onnx.ModelProto, properties: Mapping[str, str]) -> None:
-    """Add properties of ours to a model."""
-    for name, text in properties.items():
-        model.metadata_props.append(onnx.StringStringEntryProto(key=f"edgecompress.{name}", value=text))
 
 
 def _front(

@@ -104,12 +104,17 @@ def model_around(
         ir_version=IR_VERSIONS[opset],
         producer_name="edgecompress",
     )
-    for key, value in (metadata or {}).items():
-        model.metadata_props.append(onnx.StringStringEntryProto(key=f"edgecompress.{key}", value=value))
+    say(model, metadata or {})
     if opset >= AXES_INPUT_OPSET:
         _take_axes_as_inputs(model.graph)
     _check(model, opset)
     return model
+
+
+def say(model: onnx.ModelProto, properties: Mapping[str, str]) -> None:
+    """Add properties of ours to a model."""
+    for name, text in properties.items():
+        model.metadata_props.append(onnx.StringStringEntryProto(key=f"edgecompress.{name}", value=text))
 
 
 def _take_axes_as_inputs(graph: onnx.GraphProto) -> None:

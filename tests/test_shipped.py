@@ -73,6 +73,11 @@ def test_the_zoo_is_listed(package):
     assert json.loads(call("zoo", "--json").out)["tiny-digits"]["licence"] == "Apache-2.0"
 
 
+def test_an_empty_zoo_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "SHIPPED", tmp_path)
+    assert "No compressed network comes with this version" in call("zoo").out and call("zoo", "--json").out == "{}\n"
+
+
 def test_a_run_that_did_not_finish_is_no_model(tiny_run, tmp_path):
     shutil.copy(tiny_run / "config.json", tmp_path)
     with pytest.raises(BadFileError, match=r"has no network yet.*--resume"):
