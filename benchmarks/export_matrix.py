@@ -1,21 +1,21 @@
-"""Exports, measured: python benchmarks/export_matrix.py [--quick] [--only resnet18] [--phase export|load|time|report]
+"""Exports, measured: python benchmarks/export_matrix.py [--quick] [--only resnet18] [--format onnx] [--phase export|load|time|report]
 
 Networks x policies x formats. ``export`` writes and proves (one process for a network), ``load`` loads the largest,
 ``time`` measures the kept files (wants a quiet machine), ``report`` writes the page from what there is; without ``--phase``
-all of it. Every cell is kept in the cache folder: an interrupted run goes on where it stopped. The 224 networks have seeded
-weights and BatchNorm statistics of random images, so nothing is said about their accuracy.
+all of it. Every cell is kept in the cache folder: an interrupted run goes on where it stopped, and formats can be added. The
+224 networks have seeded weights and BatchNorm statistics of random images, so nothing is said about their accuracy.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ NETWORKS = {  # the order in which they are run
     "densenet121": 224,
 }  # fmt: skip
 POLICIES = ("w8a8", "w4a8", "mixed", "pruned")
-FORMATS = ("onnx", "onnxruntime", "openvino", "litert", "tensorrt")
+FORMATS = ("onnx", "onnxruntime", "openvino", "litert", "executorch", "ncnn", "tensorrt")
+QUICK_FORMATS = ("onnx", "onnxruntime", "tensorrt")
 QUICK = ("resnet56:w8a8", "resnet56:pruned")
 
 
@@ -119,61 +120,74 @@ def source_of(base: Base, policy: str, size: int) -> Any:
     )
 
 
-def exported(source: Any, policy: str, folder: Path) -> dict[str, Any]:
-    """Every format of one cell, written into ``folder`` and proven."""
-    from edgecompress.errors import EdgeCompressError
+def exported(source: Any, policy: str, folder: Path, formats: list[str], rows: dict[str, Any]) -> dict[str, Any]:
+    """``formats`` of one cell, written into ``folder`` and proven; ``rows`` are those that it has."""
+    from edgecompress.errors import EdgeCompressError, UsageError
     from edgecompress.exporters import to_ort_format
     from edgecompress.exporters.formats import export
     from edgecompress.exporters.interface import Interface
     from edgecompress.exporters.runners import has_vnni
 
     weights = sum(weight.values.size for weight in source.quantized.weights.values())
-    rows: dict[str, Any] = {}
 
     def write(key: str, format_name: str, source: Any, place: Path) -> None:
+        start = time.monotonic()
         try:
             artifact = export(source, format_name, place)
             rows[key] = {"bytes": artifact.size_bytes, "opset": artifact.opset, "checks": artifact.checks}
+            rows[key]["seconds"] = round(time.monotonic() - start, 1)
+        except UsageError as error:
+            if "--allow-float" not in str(error) or source.interface.allow_float:
+                raise
+            write(key, format_name, replace(source, interface=replace(source.interface, allow_float=True)), place)
+            rows[key]["floats_allowed"] = str(error)
         except EdgeCompressError as error:
             rows[key] = {"error": f"{type(error).__name__}: {error}"}
 
     safe = replace(source, interface=Interface(saturating_cpu=True))
-    for format_name in FORMATS:
+    for format_name in formats:
         if format_name == "openvino" and not has_vnni():
             write(OPENVINO_SAFE, format_name, safe, folder)
         else:
             write(format_name, format_name, source, folder)
-    if policy == "w8a8":
+    if policy == "w8a8" and "onnxruntime" in formats:
         write(SAFE, "onnxruntime", safe, folder / "safe")
     integer = folder / "model.int8.onnx"
-    if integer.exists():
+    if integer.exists() and "onnxruntime" in formats:
         data = to_ort_format.optimised(integer.read_bytes(), ort_format=True)
         checks = to_ort_format.check_same(data, integer.read_bytes(), source.images)
         rows["ort"] = {"bytes": len(data), "checks": checks.values}
         if checks.failures:
             rows["ort"]["error"] = "; ".join(checks.failures)
-    if policy == "w8a8" and (folder / "model.onnx").exists():
+    if policy == "w8a8" and "onnx" in formats:
         quantize_static(folder, source.images)
     return {"parameters": weights, "formats": rows}
 
 
-def export_network(name: str, policies: list[str], cache: Path) -> None:
-    """All missing cells of one network; in a process of its own."""
+def export_network(name: str, policies: list[str], formats: list[str], cache: Path) -> None:
+    """What is missing in the cells of one network; in a process of its own."""
     from edgecompress.errors import EdgeCompressError
 
     size = NETWORKS[name]
     base = base_of(name, network(name, size), size)
     for policy in policies:
-        start, folder = time.monotonic(), cache / f"{name}-{policy}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        start, folder, path = time.monotonic(), cache / f"{name}-{policy}", cell_path(cache, name, policy)
+        before = json.loads(path.read_text()) if path.exists() else {}
+        missing = lacking(before, formats)
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            result = exported(source_of(base, policy, size), policy, folder)
+            result = exported(source_of(base, policy, size), policy, folder, missing, before.get("formats", {}))
         except EdgeCompressError as error:
             result = {"refused": str(error)}
-        result["seconds"] = time.monotonic() - start
-        save(cell_path(cache, name, policy), result)
+        result["seconds"] = before.get("seconds", 0) + time.monotonic() - start
+        save(path, result)
         print(f"{name}:{policy}: {result['seconds']:.0f} s {result.get('refused', '')}", flush=True)
+
+
+def lacking(cell: dict[str, Any], formats: list[str]) -> list[str]:
+    """Of ``formats``, those that a cell does not hold yet."""
+    done = {key.split(",")[0] for key in cell.get("formats", {})}
+    return [] if "refused" in cell else [name for name in formats if name not in done]
 
 
 def cell_path(cache: Path, name: str, policy: str) -> Path:
@@ -195,28 +209,29 @@ def timings(folder: Path, size: int, policy: str, seconds: float) -> dict[str, A
     that cannot saturate.
     """
     from edgecompress.exporters.memory import measured_memory
+    from edgecompress.exporters.more_runners import ExecuTorchRunner, LiteRtRunner, NcnnRunner
     from edgecompress.exporters.runners import OnnxRuntimeRunner, OpenVinoRunner
 
-    integer = folder / "model.int8.onnx"
-    loads: dict[str, Callable[[], Any]] = {
-        "float": lambda: OnnxRuntimeRunner(folder / "model.onnx"),
-        "fast": lambda: OnnxRuntimeRunner(integer, precise=False),
-        "precise": lambda: OnnxRuntimeRunner(integer),
-        "safe": lambda: OnnxRuntimeRunner(folder / "safe" / "model.int8.onnx", precise=False),
-        "theirs": lambda: OnnxRuntimeRunner(folder / "theirs.onnx", precise=False),
-        "openvino": lambda: OpenVinoRunner(folder / "model.openvino.onnx"),
+    files: dict[str, tuple[Path, Callable[[Path], Any]]] = {
+        "float": (folder / "model.onnx", OnnxRuntimeRunner),
+        "fast": (folder / "model.int8.onnx", partial(OnnxRuntimeRunner, precise=False)),
+        "precise": (folder / "model.int8.onnx", OnnxRuntimeRunner),
+        "safe": (folder / "safe" / "model.int8.onnx", partial(OnnxRuntimeRunner, precise=False)),
+        "theirs": (folder / "theirs.onnx", partial(OnnxRuntimeRunner, precise=False)),
+        "openvino": (folder / "model.openvino.onnx", OpenVinoRunner),
+        "litert": (folder / "model.tflite", LiteRtRunner),
+        "executorch": (folder / "model.pte", ExecuTorchRunner),
+        "ncnn": (folder / "model.ncnn.param", partial(NcnnRunner, shape=(3, size, size))),
     }
-    wanted = list(loads) if policy == "w8a8" else ["float", "fast"]
-    if not (folder / "model.openvino.onnx").exists():
-        wanted = [key for key in wanted if key != "openvino"]
+    there = {key: partial(load, path) for key, (path, load) in files.items() if path.exists()}
     image = images(1, size, 3).numpy()
-    times: dict[str, list[tuple[float, float]]] = {key: [] for key in wanted}
+    times: dict[str, list[tuple[float, float]]] = {key: [] for key in there}
     for _ in range(4 if policy == "w8a8" else 2):
-        for key in wanted:
-            times[key].append(timed(loads[key], image, seconds))
+        for key, load in there.items():
+            times[key].append(timed(load, image, seconds))
     found: dict[str, Any] = {f"{key}_us": min(turn[0] for turn in turns) for key, turns in times.items()}
-    found["load_s"] = min(turn[1] for turn in times["fast"])
-    found["memory"] = measured_memory(integer)
+    found["loads_s"] = {key: min(turn[1] for turn in turns) for key, turns in times.items()}
+    found["memory"] = measured_memory(folder / "model.int8.onnx")
     if policy == "w8a8":
         found["theirs_bytes"] = (folder / "theirs.onnx").stat().st_size
     return found
@@ -281,13 +296,16 @@ def load_phase(cache: Path) -> None:
         print(f"{LARGEST}:{policy}: loads in {min(loads):.2f} s", flush=True)
 
 
-def export_phase(wanted: list[tuple[str, str]], cache: Path) -> None:
+def export_phase(wanted: list[tuple[str, str]], formats: list[str], cache: Path) -> None:
     """Every missing cell, one process for a network."""
     for name in dict.fromkeys(name for name, _ in wanted):
-        missing = [policy for n, policy in wanted if n == name and not cell_path(cache, name, policy).exists()]
+        cells = {policy: cell_path(cache, name, policy) for n, policy in wanted if n == name}
+        known = {policy: json.loads(path.read_text()) if path.exists() else {} for policy, path in cells.items()}
+        missing = [policy for policy, cell in known.items() if lacking(cell, formats)]
         if missing:
             command = [sys.executable, __file__, "--one", name, "--cache", str(cache)]
-            subprocess.run([*command, *(f"--policy={policy}" for policy in missing)], check=False)
+            options = [f"--policy={policy}" for policy in missing] + [f"--format={name}" for name in formats]
+            subprocess.run([*command, *options], check=False)
 
 
 def time_phase(wanted: list[tuple[str, str]], cache: Path, seconds: float) -> None:
@@ -306,6 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two small cells, timed shortly; nothing is written")
     parser.add_argument("--only", action="append", default=[], help="a network such as resnet18; may be repeated")
+    parser.add_argument("--format", action="append", default=[], choices=FORMATS, help="export only this one")
     parser.add_argument("--phase", choices=("export", "load", "time", "report"), help="only this part")
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "export_matrix", help="where cells are kept")
     parser.add_argument("--note", default="", help="a word on the conditions, for the page")
@@ -316,16 +335,17 @@ def main() -> None:
     cache = arguments.cache / "quick" if arguments.quick and not arguments.one else arguments.cache
     cache.mkdir(parents=True, exist_ok=True)
     if arguments.one:
-        export_network(arguments.one, arguments.policy, cache)
+        export_network(arguments.one, arguments.policy, arguments.format, cache)
         return
     wanted = [(name, policy) for name in NETWORKS for policy in POLICIES]
     if arguments.quick:
         wanted = [(name, policy) for name, policy in wanted if f"{name}:{policy}" in QUICK]
     elif arguments.only:
         wanted = [(name, policy) for name, policy in wanted if name in arguments.only]
+    formats = arguments.format or list(QUICK_FORMATS if arguments.quick else FORMATS)
     phases = (arguments.phase,) if arguments.phase else ("export", "load", "time", "report")
     if "export" in phases:
-        export_phase(wanted, cache)
+        export_phase(wanted, formats, cache)
     if "load" in phases and not (arguments.quick or arguments.only):
         load_phase(cache)
     if "time" in phases:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from edgecompress.exporters.check_onnxruntime import check_ort
 from edgecompress.exporters.onnx_writing import FOUR_BITS_OPSET
 from edgecompress.exporters.operator_proof import (
     IMAGES_FOR_OPERATORS,
@@ -19,7 +20,7 @@ from edgecompress.exporters.operator_proof import (
 from edgecompress.exporters.runners import OpenVinoRunner, has_vnni, is_x86, run_all
 from edgecompress.exporters.saturation import SAFE_BITS
 from edgecompress.exporters.to_onnxruntime import showing_values
-from edgecompress.exporters.verify import Checks, Images, agreement, check_ort, relative_error
+from edgecompress.exporters.verify import Checks, Images, agreement, relative_error
 from edgecompress.quantize import QuantizedGraph
 
 SELDOM = Difference(1, 0.01)  # measured: one step at 1e-6 to 4e-5 of the values of a layer, 4e-3 of a global average

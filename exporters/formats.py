@@ -19,6 +19,7 @@ import torch
 
 from edgecompress.errors import GoalMissedError, UnknownNameError, UsageError
 from edgecompress.exporters import conversions, verify
+from edgecompress.exporters.check_onnxruntime import check_ort
 from edgecompress.exporters.emulate import emulate
 from edgecompress.exporters.interface import adapt, on_pixel_grid, signature
 from edgecompress.exporters.memory import planned_activation_bytes
@@ -176,7 +177,7 @@ def _for_the_cpu(source: ExportSource) -> QuantizedGraph:
 def _check_ort(source: ExportSource, data: bytes) -> verify.Checks:
     quantized = _for_the_cpu(source)
     return verify.merged(
-        verify.check_ort(
+        check_ort(
             data,
             quantized,
             source.images,

@@ -112,11 +112,15 @@ class OnnxRuntimeRunner:
 
     def run(self, images: Images) -> Floats:
         """Outputs for a batch."""
+        result: Floats = self.run_whole(images)[0]
+        return result
+
+    def run_whole(self, images: Images) -> list[NDArray[Any]]:
+        """Every output of the file for a batch, in its order."""
         try:
-            result: Floats = self.session.run(None, {self.input_name: images})[0]
+            return list(self.session.run(None, {self.input_name: images}))
         except Exception as error:
             raise cannot_run(self.runtime, self._what, images, error) from error
-        return result
 
 
 class OpenVinoRunner:

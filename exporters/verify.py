@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-import tempfile
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -18,8 +14,7 @@ from edgecompress.cost import kernels
 from edgecompress.errors import GoalMissedError
 from edgecompress.exporters import simulate_tensorrt
 from edgecompress.exporters.audit import bytes_of_layers, lacking, shapes_of_weights
-from edgecompress.exporters.emulate import emulate, float_islands, runs_in_integers
-from edgecompress.exporters.runners import OnnxRuntimeRunner, is_x86, run_all
+from edgecompress.exporters.runners import OnnxRuntimeRunner, run_all
 from edgecompress.graph import Graph, Node
 from edgecompress.interpret import float_constants, run
 from edgecompress.quantize import QuantizedGraph, QuantizedWeight, simulate
@@ -27,11 +22,6 @@ from edgecompress.spec import CompressionPolicy, Network
 
 Images = NDArray[np.float32]
 Value = str | float | int | bool
-KERNEL_NAMES = {
-    "Conv": "QLinearConv", "Gemm": "QGemm", "Add": "QLinearAdd", "Mul": "QLinearMul", "Concat": "QLinearConcat",
-    "AveragePool": "QLinearAveragePool", "GlobalAveragePool": "QLinearGlobalAveragePool", "Sigmoid": "QLinearSigmoid",
-}  # fmt: skip
-FLOAT_OPS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "NhwcFusedConv")
 
 
 @dataclass
@@ -65,14 +55,6 @@ def relative_error(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> f
     return float(np.linalg.norm(found - wanted) / max(float(np.linalg.norm(wanted)), 1e-9))
 
 
-def optimised(model: bytes) -> onnx.ModelProto:
-    """The graph that ONNX Runtime really runs (before layout transformation)."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "optimised.onnx"
-        OnnxRuntimeRunner(model, optimised_path=path, precise=False)
-        return onnx.load(path)
-
-
 def require_valid(model: bytes) -> None:
     """Raises GoalMissedError where ONNX's checker or its shape inference refuses the file."""
     try:
@@ -87,7 +69,7 @@ def check_float(model: bytes, graph: Graph, images: Images) -> Checks:
     """The float file against our own evaluation of the graph in torch."""
     checks = Checks()
     require_valid(model)
-    _require_shapes(checks, onnx.load_from_string(model), graph)
+    require_shapes(checks, onnx.load_from_string(model), graph)
     found = run_all(OnnxRuntimeRunner(model), images)
     with torch.no_grad():
         wanted = run(graph, torch.from_numpy(images), float_constants(graph)).numpy()
@@ -99,7 +81,7 @@ def check_float(model: bytes, graph: Graph, images: Images) -> Checks:
     return checks
 
 
-def _require_shapes(checks: Checks, held: onnx.ModelProto, graph: Graph) -> None:
+def require_shapes(checks: Checks, held: onnx.ModelProto, graph: Graph) -> None:
     """``held`` has the weights of every layer of ``graph`` at their full shapes, and no others in their place."""
     missing = lacking(shapes_of_weights(held), (graph.constants[layer.inputs[1]].shape for layer in graph.layers))
     checks.require(
@@ -129,60 +111,6 @@ def check_shapes(graph: Graph, network: Network, policy: CompressionPolicy) -> C
             f"layer {kernel.layer.name} has weights {shape}, the policy says {wanted}",
         )  # fmt: skip
     checks.values["weight_elements"] = elements
-    return checks
-
-
-def fusion_report(quantized: QuantizedGraph, operators: Mapping[str, int]) -> tuple[str, str]:
-    """Integer kernels that the optimised graph should have and has, and those that it lacks (empty: none).
-
-    Args:
-        operators: of the optimised graph, counted.
-    """
-    expected = Counter(
-        KERNEL_NAMES[node.op]
-        for node in quantized.graph.nodes
-        if node.op in KERNEL_NAMES and runs_in_integers(quantized, node)
-    )
-    found = {name: f"{name} {operators.get(name, 0)} of {count}" for name, count in sorted(expected.items())}
-    short = [text for name, text in found.items() if operators.get(name, 0) < expected[name]]
-    return ", ".join(found.values()), ", ".join(short)
-
-
-def check_ort(
-    model: bytes, quantized: QuantizedGraph, images: Images, *, class_scores: bool = True, precise: bool = True
-) -> Checks:
-    """Fusion in ONNX Runtime and equality with the integer emulator; see `OnnxRuntimeRunner` for ``precise``."""
-    checks = Checks()
-    require_valid(model)
-    runs = optimised(model)
-    _require_shapes(checks, runs, quantized.graph)
-    operators = Counter(node.op_type for node in runs.graph.node)
-    floats = sum(operators[name] for name in FLOAT_OPS)
-    stay_float = sum(layer.name not in quantized.weights for layer in quantized.graph.layers)
-    integer = operators["QLinearConv"] + operators["QGemm"]
-    wanted = len(quantized.weights)
-    checks.require(
-        floats <= stay_float and integer == wanted, "float_conv_or_gemm", floats,
-        f"ONNX Runtime fused {integer} of {wanted} quantised layers and left {floats} in float",
-    )  # fmt: skip
-    checks.values["integer_layers"] = integer
-    islands = float_islands(quantized)
-    checks.values["float_islands"] = ", ".join(islands) or "none"
-    report, short = fusion_report(quantized, operators)
-    checks.require(not short, "integer_kernels", report, f"ONNX Runtime runs operators in float silently: {short}")
-    found = run_all(OnnxRuntimeRunner(model, precise=precise), images)
-    with torch.no_grad():
-        x = torch.from_numpy(images)
-        exact, floating = emulate(quantized, x).numpy(), simulate(quantized, x).numpy()
-    checks.outputs, checks.emulated = found, exact
-    difference = float(np.abs(found - exact).max())
-    same = agreement(found, exact, class_scores=class_scores)
-    holds = difference == 0.0 if is_x86() and not islands else same >= 0.995
-    checks.require(
-        holds, "emulator_max_difference", difference, f"ONNX Runtime differs from the integer emulator by {difference}"
-    )
-    checks.values["emulator_agreement"] = same
-    checks.values["simulator_agreement"] = agreement(found, floating, class_scores=class_scores)
     return checks
 
 
@@ -235,7 +163,7 @@ def check_trt(model: bytes, quantized: QuantizedGraph, images: Images, *, class_
 
     require_valid(model)
     checks, proto = Checks(), onnx.load_from_string(model)
-    _require_shapes(checks, proto, quantized.graph)
+    require_shapes(checks, proto, quantized.graph)
     broken = lint(proto)
     checks.require(
         not broken,

@@ -249,8 +249,8 @@ def test_masks_that_do_not_fit_have_their_sentence(tmp_path):
 
 def test_output_of_a_convolution_is_integer_to_the_end(tmp_path):
     """ONNX Runtime has no integer convolution that gives floats: the scores of every pixel are quantised too."""
+    from edgecompress.exporters.check_onnxruntime import check_ort
     from edgecompress.exporters.to_onnxruntime import integer_model
-    from edgecompress.exporters.verify import check_ort
     from edgecompress.graph import build_graph
     from edgecompress.spec import LayerChoice
 

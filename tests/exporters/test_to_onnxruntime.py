@@ -14,13 +14,14 @@ from sample_networks import NETWORKS, OPERATOR_NETWORKS, integer_case
 from edgecompress.cost import kernels
 from edgecompress.errors import BadModelError
 from edgecompress.exporters import to_tensorrt
+from edgecompress.exporters.check_onnxruntime import FLOAT_OPS, check_ort, fusion_report, optimised
 from edgecompress.exporters.emulate import emulate, float_islands
 from edgecompress.exporters.quantized_file import load_quantized, save_graph, save_quantized
 from edgecompress.exporters.runners import OnnxRuntimeRunner, is_x86
 from edgecompress.exporters.saturation import without_saturation
 from edgecompress.exporters.sizes import CHANNEL_BYTES, FileSize, PlannedSize, stored_bytes
 from edgecompress.exporters.to_onnxruntime import gate_steps, grid, int32_bias, integer_model
-from edgecompress.exporters.verify import FLOAT_OPS, agreement, check_ort, fusion_report, optimised
+from edgecompress.exporters.verify import agreement
 from edgecompress.graph import build_graph
 from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.learned_steps import LearnedSteps

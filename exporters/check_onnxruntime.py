@@ -1,0 +1,122 @@
+"""The proof of a file for ONNX Runtime: what it fuses of the file, and equality with the integer emulator."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+
+from edgecompress.exporters.emulate import emulate, float_islands, runs_in_integers
+from edgecompress.exporters.onnx_writing import IR_VERSIONS
+from edgecompress.exporters.operator_proof import (
+    IMAGES_FOR_OPERATORS,
+    Difference,
+    Seen,
+    operator_differences,
+    require_operators,
+)
+from edgecompress.exporters.runners import OnnxRuntimeRunner, is_x86, run_all
+from edgecompress.exporters.to_onnxruntime import showing_values
+from edgecompress.exporters.verify import Checks, Images, agreement, require_shapes, require_valid
+from edgecompress.quantize import QuantizedGraph, simulate
+
+KERNEL_NAMES = {
+    "Conv": "QLinearConv", "Gemm": "QGemm", "Add": "QLinearAdd", "Mul": "QLinearMul", "Concat": "QLinearConcat",
+    "AveragePool": "QLinearAveragePool", "GlobalAveragePool": "QLinearGlobalAveragePool", "Sigmoid": "QLinearSigmoid",
+    "MaxPool": "MaxPool",
+}  # fmt: skip
+FLOAT_OPS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "NhwcFusedConv")
+SELDOM = Difference(1, 0.001)  # behind a float island, whose own rounding falls otherwise now and then
+
+
+def optimised(model: bytes) -> onnx.ModelProto:
+    """The graph that ONNX Runtime really runs (before layout transformation)."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimised.onnx"
+        OnnxRuntimeRunner(model, optimised_path=path, precise=False)
+        return onnx.load(path)
+
+
+def operators_of(model: onnx.ModelProto) -> Counter[str]:
+    """Operators of an optimised graph, counted; a MaxPool counts only where it pools integers."""
+    floating = {output for node in model.graph.node if node.op_type == "DequantizeLinear" for output in node.output}
+    return Counter(
+        node.op_type for node in model.graph.node if node.op_type != "MaxPool" or node.input[0] not in floating
+    )
+
+
+def fusion_report(quantized: QuantizedGraph, operators: Mapping[str, int]) -> tuple[str, str]:
+    """Integer kernels that the optimised graph should have and has, and those that it lacks (empty: none).
+
+    Args:
+        operators: see `operators_of`.
+    """
+    expected = Counter(
+        KERNEL_NAMES[node.op]
+        for node in quantized.graph.nodes
+        if node.op in KERNEL_NAMES and runs_in_integers(quantized, node)
+    )
+    found = {name: f"{name} {operators.get(name, 0)} of {count}" for name, count in sorted(expected.items())}
+    short = [text for name, text in found.items() if operators.get(name, 0) < expected[name]]
+    return ", ".join(found.values()), ", ".join(short)
+
+
+def check_ort(
+    model: bytes, quantized: QuantizedGraph, images: Images, *, class_scores: bool = True, precise: bool = True
+) -> Checks:
+    """Fusion in ONNX Runtime and equality with the integer emulator; see `OnnxRuntimeRunner` for ``precise``.
+
+    Where operators run in float, the answers need not be equal, but every value must be within `SELDOM` of what the emulator
+    makes of the very inputs that it got.
+    """
+    checks = Checks()
+    require_valid(model)
+    runs = optimised(model)
+    require_shapes(checks, runs, quantized.graph)
+    operators = operators_of(runs)
+    floats = sum(operators[name] for name in FLOAT_OPS)
+    stay_float = sum(layer.name not in quantized.weights for layer in quantized.graph.layers)
+    integer = operators["QLinearConv"] + operators["QGemm"]
+    wanted = len(quantized.weights)
+    checks.require(
+        floats <= stay_float and integer == wanted, "float_conv_or_gemm", floats,
+        f"ONNX Runtime fused {integer} of {wanted} quantised layers and left {floats} in float",
+    )  # fmt: skip
+    checks.values["integer_layers"] = integer
+    islands = float_islands(quantized)
+    checks.values["float_islands"] = ", ".join(islands) or "none"
+    report, short = fusion_report(quantized, operators)
+    checks.require(not short, "integer_kernels", report, f"ONNX Runtime runs operators in float silently: {short}")
+    found = run_all(OnnxRuntimeRunner(model, precise=precise), images)
+    with torch.no_grad():
+        x = torch.from_numpy(images)
+        exact, floating = emulate(quantized, x).numpy(), simulate(quantized, x).numpy()
+    checks.outputs, checks.emulated = found, exact
+    difference = float(np.abs(found - exact).max())
+    same = agreement(found, exact, class_scores=class_scores)
+    holds = difference == 0.0 if is_x86() and not islands else same >= 0.995
+    checks.require(
+        holds, "emulator_max_difference", difference, f"ONNX Runtime differs from the integer emulator by {difference}"
+    )
+    checks.values["emulator_agreement"] = same
+    checks.values["simulator_agreement"] = agreement(found, floating, class_scores=class_scores)
+    if islands and is_x86():
+        differences = operator_differences(quantized, _runs(quantized, images[:IMAGES_FOR_OPERATORS], precise))
+        require_operators(checks, quantized, differences, lambda name: SELDOM)
+    return checks
+
+
+def _runs(
+    quantized: QuantizedGraph, images: Images, precise: bool
+) -> Iterator[tuple[Images, Seen, NDArray[np.float32]]]:
+    """ONNX Runtime on the same graph with all of its u8 values as outputs."""
+    model, names = showing_values(quantized, max_opset=max(IR_VERSIONS), unpack=True)
+    outputs, *values = OnnxRuntimeRunner(model.SerializeToString(), precise=precise).run_whole(images)
+    held = {name: value.astype(np.int32) for name, value in zip(names, values, strict=True)}
+    yield images, held.get, outputs
