@@ -15,7 +15,7 @@ from edgecompress.errors import UsageError
 from edgecompress.exporters.emulate import emulate
 from edgecompress.exporters.runners import OnnxRuntimeRunner, run_all
 from edgecompress.exporters.source import ExportSource
-from edgecompress.exporters.verify import Checks, agreement, relative_error
+from edgecompress.exporters.verify import Checks, merged, relative_error
 from edgecompress.quantize import QuantizedGraph, TensorRange
 
 
@@ -65,36 +65,29 @@ def executorch(source: ExportSource, model: bytes, check: bool) -> Converted:
     It is one of floats where the run holds no integers, or where ExecuTorch cannot lower them and floats are allowed.
     """
     from edgecompress.exporters import to_executorch
-    from edgecompress.exporters.more_runners import ExecuTorchRunner
+    from edgecompress.exporters.check_executorch import check_float_program, check_integer_program
 
-    image, checks = torch.from_numpy(source.images[:1]), Checks()
-    wanted, limit, data = run_all(OnnxRuntimeRunner(model), source.images), 1e-3, None
-    if source.quantized is not None:
+    image, checks, quantized = torch.from_numpy(source.images[:1]), Checks(), source.quantized
+    proof, class_scores = Checks(), source.task.class_scores
+    data = None
+    if quantized is not None:
         with torch.no_grad():
-            exact = emulate(source.quantized, torch.from_numpy(source.images)).numpy()
-        data = _integer_program(
-            source.quantized, float(np.abs(exact).max()), image, source.interface.allow_float, checks
-        )
+            exact = emulate(quantized, torch.from_numpy(source.images)).numpy()
+        scores = TensorRange(max(float(np.abs(exact).max()), 1e-6) / 127, 8, True)
+        data = _integer_program(quantized, scores, image, source.interface.allow_float, checks)
+        if data is not None and check:
+            proof = check_integer_program(data, quantized, scores, source.images, exact, class_scores=class_scores)
     checks.values["integers"] = data is not None
-    if data is not None:
-        wanted, limit = exact, 0.1
-    else:
+    if data is None:
         data, left = to_executorch.program(to_executorch.FloatNetwork(source.graph), image)
         checks.values["left_to_portable_kernels"] = ", ".join(left) or "nothing"
-    if check:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.pte"
-            path.write_bytes(data)
-            found = checks.outputs = run_all(ExecuTorchRunner(path), source.images)
-        error = relative_error(found, wanted)
-        same = agreement(found, wanted, class_scores=source.task.class_scores)
-        checks.require(error < limit, "executorch_error", error, f"ExecuTorch's outputs differ by {error:.1%}")
-        checks.require(same >= 0.9, "executorch_agreement", same, f"only {same:.1%} of ExecuTorch's answers are right")
-    return Converted({"model.pte": data}, checks, f"ExecuTorch {version('executorch')}")
+        if check:
+            proof = check_float_program(data, model, source.images, class_scores=class_scores)
+    return Converted({"model.pte": data}, merged(checks, proof), f"ExecuTorch {version('executorch')}")
 
 
 def _integer_program(
-    quantized: QuantizedGraph, largest: float, image: torch.Tensor, allow_float: bool, checks: Checks
+    quantized: QuantizedGraph, scores: TensorRange, image: torch.Tensor, allow_float: bool, checks: Checks
 ) -> bytes | None:
     """The integer program; None where ExecuTorch cannot lower it and floats are allowed. Its floats become a check.
 
@@ -109,7 +102,6 @@ def _integer_program(
             f"XNNPACK has no integer kernel for {', '.join(floats)}. Export with --allow-float to compute these, and nothing "
             "else, in float."
         )
-    scores = TensorRange(max(largest, 1e-6) / 127, 8, True)
     try:
         data, left = to_executorch.program(to_executorch.IntegerNetwork(quantized, scores), image)
     except UsageError as error:

@@ -115,12 +115,16 @@ class ExecuTorchRunner:
 
     def run(self, images: Images) -> Floats:
         """Outputs for a batch of the file's own size."""
+        result: Floats = self.run_whole(images)[0]
+        return result
+
+    def run_whole(self, images: Images) -> list[NDArray[Any]]:
+        """Every output of the file for a batch of its own size, in its order."""
         try:
             outputs = self._method.execute([self._torch.from_numpy(np.ascontiguousarray(images))])
-            result: Floats = outputs[0].numpy().copy()
+            return [output.numpy().copy() for output in outputs]
         except Exception as error:
             raise cannot_run(self.runtime, self._what, images, error) from error
-        return result
 
 
 class LiteRtRunner:

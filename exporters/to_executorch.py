@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,13 +33,19 @@ INTEGER_OPERATORS = (
 
 
 class FloatNetwork(nn.Module):
-    """The graph as a module."""
+    """The graph as a module.
 
-    def __init__(self, graph: Graph) -> None:
+    Args:
+        without: constants that it does not hold: a program carries every buffer, read or not.
+    """
+
+    def __init__(self, graph: Graph, without: Collection[str] = ()) -> None:
         super().__init__()
         self._graph, self._names, self._sizes = graph, {}, {}
         places = {name for node in graph.nodes if node.op in ("Slice", "Reshape") for name in node.inputs[1:]}
         for number, (name, value) in enumerate(float_constants(graph).items()):
+            if name in without:
+                continue
             if name in places:  # a buffer's numbers are data, on which the program must not depend
                 self._sizes[name] = value.reshape(-1).tolist()
                 continue
@@ -59,23 +65,26 @@ class IntegerNetwork(FloatNetwork):
 
     Args:
         scores: the range of the output, where the network leaves it float.
+        show: answer every quantised value as well, as s8 and in the order of ``shown``.
     """
 
-    def __init__(self, quantized: QuantizedGraph, scores: TensorRange) -> None:
+    def __init__(self, quantized: QuantizedGraph, scores: TensorRange, *, show: bool = False) -> None:
         tensors = {quantized.graph.outputs[0]: scores} | dict(quantized.tensors)
-        super().__init__(_clamps_alone(quantized.graph, tensors))
+        inputs = {layer.name: layer.inputs[1] for layer in quantized.graph.layers if layer.name in quantized.weights}
+        super().__init__(_clamps_alone(quantized.graph, tensors), inputs.values())
         import torch.ao.quantization.fx._decomposed
 
         self._tensors, self._owner = tensors, find_points(quantized.graph).owner
+        results = (*self._graph.inputs, *(node.outputs[0] for node in self._graph.nodes))
+        self.scores, self.shown = scores, [name for name in results if name in tensors] if show else []
         self._layers: dict[str, int] = {}
-        inputs = {layer.name: layer.inputs[1] for layer in quantized.graph.layers}
         for number, (name, weight) in enumerate(quantized.weights.items()):
             self.register_buffer(f"values{number}", torch.from_numpy(weight.values.copy()))
             self.register_buffer(f"scale{number}", torch.from_numpy(weight.channel_scale))
             self.register_buffer(f"zero{number}", torch.zeros(len(weight.values), dtype=torch.int64))
             self._layers[inputs[name]] = number
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         operators = torch.ops.quantized_decomposed
         constants = self.constants()
         for name, number in self._layers.items():
@@ -109,8 +118,8 @@ class IntegerNetwork(FloatNetwork):
             result = node.outputs[0]
             on = result if node.op == "Concat" and result in self._tensors else None
             keep(result, apply(node, [read(name, on) for name in node.inputs]))
-        outputs: Tensor = read(self._graph.outputs[0], None)
-        return outputs
+        outputs = read(self._graph.outputs[0], None)
+        return (outputs, *(integers[name] for name in self.shown)) if self.shown else outputs
 
 
 def _grid(how: TensorRange) -> tuple[float, int, int, int, torch.dtype]:

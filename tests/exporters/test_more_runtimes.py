@@ -9,18 +9,21 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+import torch
 from sample_networks import integer_case, patterns
 from test_formats_contract import files, make_source
 
 from edgecompress.describe import network_of
 from edgecompress.errors import BadFileError, EdgeCompressError, MissingBackendError, UsageError
 from edgecompress.evaluation import evaluate_artifact
-from edgecompress.exporters import conversions, to_executorch
+from edgecompress.exporters import check_executorch, conversions, to_executorch
 from edgecompress.exporters.artifacts import open_artifact
+from edgecompress.exporters.emulate import emulate
 from edgecompress.exporters.formats import export
 from edgecompress.exporters.interface import Interface
 from edgecompress.exporters.runners import OnnxRuntimeRunner, measure_latency_us
 from edgecompress.exporters.to_onnx import float_model
+from edgecompress.quantize import TensorRange
 from edgecompress.spec import CompressionPolicy
 
 needs_ncnn = pytest.mark.skipif(not (find_spec("ncnn") and find_spec("pnnx")), reason="ncnn or pnnx is not installed")
@@ -105,6 +108,32 @@ def operators_source(name):
         make_source("residual"), graph=case.graph, quantized=quantized, images=case.images.numpy(),
         network=network_of(case.graph, "case"), policy=CompressionPolicy(model="case"),
     )  # fmt: skip
+
+
+def test_an_integer_program_holds_no_weights_as_floats():
+    """Each buffer of the module is written, read or not: the floats made the file five times as large."""
+    quantized = integer_case("residual").quantized(8, 8)
+    network = to_executorch.IntegerNetwork(quantized, TensorRange(0.1, 8, True))
+    weights = {weight.values.shape for weight in quantized.weights.values()}
+    held = list(network.buffers())
+    assert {tuple(value.shape) for value in held if value.dtype == torch.int8} >= weights
+    assert not any(value.is_floating_point() and tuple(value.shape) in weights for value in held)
+
+
+@needs_executorch
+def test_executorch_is_proven_operator_by_operator_where_answers_do_not_show_it(monkeypatch):
+    case = integer_case("residual")
+    quantized, scores = case.quantized(8, 8), TensorRange(0.1, 8, True)
+    images = case.images[:2].numpy()
+    data = to_executorch.program(to_executorch.IntegerNetwork(quantized, scores), case.images[:1])[0]
+    monkeypatch.setattr(check_executorch, "INTEGER_ERROR", 0.0)
+    exact = emulate(quantized, case.images[:2]).numpy()
+    checks = check_executorch.check_integer_program(data, quantized, scores, images, exact)
+    assert not checks.failures and checks.values["operators_compared"] > 5
+    weights = {name: replace(weight, values=-weight.values) for name, weight in list(quantized.weights.items())[:1]}
+    wrong = replace(quantized, weights={**quantized.weights, **weights})
+    failures = check_executorch.check_integer_program(data, wrong, scores, images, exact).failures
+    assert any("answers otherwise" in failure for failure in failures)
 
 
 @needs_executorch
