@@ -14,13 +14,18 @@ BITS = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4}  # of types that fill less
 
 
 def bytes_of_layers(model: onnx.ModelProto) -> dict[str, int]:
-    """Bytes that the weights of each layer take in the file, however they are stored; scales and zero points do not count."""
+    """Bytes that the weights of each layer take in the file, however they are stored; scales and zero points do not count.
+
+    What several layers share counts for the first of them.
+    """
     constants = {found.name: found for found in model.graph.initializer}
     writers = {name: node for node in model.graph.node for name in node.output}
-    found = {}
+    found: dict[str, int] = {}
+    counted: set[str] = set()
     for layer in model.graph.node:
         if layer.op_type in LAYERS and len(layer.input) > 1:
-            names = _constants_behind(layer.input[1], constants, writers)
+            names = _constants_behind(layer.input[1], constants, writers) - counted
+            counted |= names
             found[layer.name] = sum(tensor_bytes(constants[name]) for name in names)
     return found
 

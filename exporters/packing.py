@@ -8,7 +8,7 @@ it still loads quickly.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,34 +29,54 @@ _BYTE_INDEX = 1 << 18  # weights from which a table of 256 rows is small beside 
 
 @dataclass(frozen=True)
 class Stored:
-    """Nodes and initialisers that yield an int8 tensor called ``output``; ``opset`` is the lowest that has them."""
+    """Nodes and initialisers that yield an int8 tensor called ``output``; ``opset`` is the lowest that has them.
+
+    ``weights`` hold the bits of the weights, ``tables`` what it takes to unpack them.
+    """
 
     kind: str
     output: str
     nodes: tuple[onnx.NodeProto, ...]
-    initializers: tuple[TensorProto, ...]
+    weights: tuple[TensorProto, ...]
+    tables: tuple[TensorProto, ...]
     opset: int
 
     @property
+    def initializers(self) -> tuple[TensorProto, ...]:
+        """All of them."""
+        return self.weights + self.tables
+
+    @property
     def size_bytes(self) -> int:
-        """Bytes in the file, with the field headers."""
-        sizes = [len(proto.SerializeToString()) for proto in self.nodes]
-        sizes += [len(proto.SerializeToString()) for proto in self.initializers]
-        return sum(1 + _varint(size) + size for size in sizes)
+        """Bytes in the file."""
+        return field_bytes(*self.nodes, *self.initializers)
+
+
+def field_bytes(*protos: onnx.NodeProto | TensorProto) -> int:
+    """Bytes that ``protos`` take in a file, with their field headers."""
+    sizes = [len(proto.SerializeToString()) for proto in protos]
+    return sum(1 + _varint(size) + size for size in sizes)
 
 
 def _varint(number: int) -> int:
     return max(1, (number.bit_length() + 6) // 7)
 
 
-def store(values: Int8, bits: int, names: Names, *, max_opset: int, unpack: bool = True) -> Stored:
+Held = dict[bytes, str]  # tables that a file has already: the name of each by its type, shape and content
+
+
+def store(
+    values: Int8, bits: int, names: Names, *, max_opset: int, unpack: bool = True, held: Held | None = None
+) -> Stored:
     """The smallest storage of ``values`` at ``bits``.
 
     Args:
         values: int8 integers that fit ``bits``.
         max_opset: storages that need a later opset are left out.
         unpack: allow storages that need arithmetic at load (dense 3, 5, 6, 7 bits and sparse).
+        held: of the layers before, and then of this one too: the tables by which layers are unpacked stand in the file once.
     """
+    held = {} if held is None else held
     kinds: list[Callable[[Int8, int, Names], Stored]] = [_as_int8]
     if bits <= 4 and max_opset >= 21:
         kinds.append(_as_int4)
@@ -64,8 +84,29 @@ def store(values: Int8, bits: int, names: Names, *, max_opset: int, unpack: bool
         kinds.append(_as_int2)
     if unpack:
         kinds += _unpacked(values, bits, max_opset)
-    sizes = [kind(values, bits, Names()).size_bytes for kind in kinds]
-    return kinds[int(np.argmin(sizes))](values, bits, names)
+    sizes = [_sharing(kind(values, bits, Names()), held).size_bytes for kind in kinds]
+    stored = _sharing(kinds[int(np.argmin(sizes))](values, bits, names), held)
+    held |= {content_of(table): table.name for table in stored.tables}
+    return stored
+
+
+def _sharing(stored: Stored, held: Held) -> Stored:
+    """``stored`` with the tables of ``held`` in the place of its own that are the same."""
+    known = {table.name: content_of(table) for table in stored.tables}
+    instead = {name: held[content] for name, content in known.items() if content in held}
+    nodes = []
+    for written in stored.nodes:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(written)
+        copy.input[:] = [instead.get(name, name) for name in written.input]
+        nodes.append(copy)
+    own = tuple(table for table in stored.tables if table.name not in instead)
+    return replace(stored, nodes=tuple(nodes), tables=own)
+
+
+def content_of(table: TensorProto) -> bytes:
+    """Type, shape and content, by which tables are the same."""
+    return f"{table.data_type} {list(table.dims)} ".encode() + table.raw_data
 
 
 def _unpacked(values: Int8, bits: int, max_opset: int) -> list[Callable[[Int8, int, Names], Stored]]:
@@ -86,13 +127,13 @@ def _unpacked(values: Int8, bits: int, max_opset: int) -> list[Callable[[Int8, i
 
 def _as_int8(values: Int8, bits: int, names: Names) -> Stored:
     name = names.new()
-    return Stored("int8", name, (), (tensor(name, values),), 13)
+    return Stored("int8", name, (), (tensor(name, values),), (), 13)
 
 
 def _cast(values: Int8, kind: str, dtype: Any, opset: int, names: Names) -> Stored:
     packed, output = names.new(), names.new()
     cast = node("Cast", [packed], [output], to=TensorProto.INT8)
-    return Stored(kind, output, (cast,), (tensor(packed, values.astype(dtype)),), opset)
+    return Stored(kind, output, (cast,), (tensor(packed, values.astype(dtype)),), (), opset)
 
 
 def _as_int4(values: Int8, bits: int, names: Names) -> Stored:
@@ -119,21 +160,20 @@ def _as_parts(values: Int8, bits: int, names: Names, *, container: int | None = 
     group = index_bits // width
     codes = np.pad(values.ravel(), (0, -values.size % max(group, 8))).astype(np.int16)
     nodes: list[onnx.NodeProto] = []
-    initializers: list[TensorProto] = []
+    weights: list[TensorProto] = []
+    tables: list[TensorProto] = []
     found = []
     if container:
         low, output = names.new(), names.new()
         held = (codes & (2**container - 1)).reshape(-1, group)
-        initializers.append(tensor(low, held.astype(ml_dtypes.uint4 if container == 4 else ml_dtypes.uint2)))
+        weights.append(tensor(low, held.astype(ml_dtypes.uint4 if container == 4 else ml_dtypes.uint2)))
         nodes.append(node("Cast", [low], [output], to=TensorProto.INT8))
         found.append(output)
     for start in range(container, bits, width):
         part, table, data, index, output = _part(codes, start, width, group), *(names.new() for _ in range(4))
         worth = _worth(start, width, group, signed=start + width == bits)
-        initializers += [
-            tensor(data, part.astype(ml_dtypes.uint4 if index_bits == 4 else np.uint8)),
-            tensor(table, worth),
-        ]
+        weights.append(tensor(data, part.astype(ml_dtypes.uint4 if index_bits == 4 else np.uint8)))
+        tables.append(tensor(table, worth))
         nodes += [
             node("Cast", [data], [index], to=TensorProto.INT32),
             node("Gather", [table, index], [output], axis=0),
@@ -145,7 +185,7 @@ def _as_parts(values: Int8, bits: int, names: Names, *, container: int | None = 
         nodes.append(node("Add", [before, other], [total]))
     if codes.size != values.size:
         line, start_at, end, flat, cut = (names.new() for _ in range(5))
-        initializers += [
+        tables += [
             tensor(line, np.array([-1], np.int64)),
             tensor(start_at, np.array([0], np.int64)),
             tensor(end, np.array([values.size], np.int64)),
@@ -153,9 +193,9 @@ def _as_parts(values: Int8, bits: int, names: Names, *, container: int | None = 
         nodes += [node("Reshape", [total, line], [flat]), node("Slice", [flat, start_at, end], [cut])]
         total = cut
     shape, shaped = names.new(), names.new()
-    initializers.append(tensor(shape, np.array(values.shape, np.int64)))
+    tables.append(tensor(shape, np.array(values.shape, np.int64)))
     nodes.append(node("Reshape", [total, shape], [shaped]))
-    return Stored(f"dense{bits}", shaped, tuple(nodes), tuple(initializers), 25 if container == 2 else 21)
+    return Stored(f"dense{bits}", shaped, tuple(nodes), tuple(weights), tuple(tables), 25 if container == 2 else 21)
 
 
 def _part(codes: NDArray[np.int16], start: int, width: int, group: int) -> NDArray[np.uint8]:
@@ -174,14 +214,17 @@ def _worth(start: int, width: int, group: int, *, signed: bool) -> Int8:
     return worth
 
 
-def _bit_columns(flags: NDArray[np.uint8], names: Names) -> tuple[list[onnx.NodeProto], list[TensorProto], str]:
-    """Bits ``[rows, n]`` packed eight to a byte; the nodes yield uint8 zeros and ones ``[rows, n / 8, 8]``."""
+def _bit_columns(
+    flags: NDArray[np.uint8], names: Names
+) -> tuple[list[onnx.NodeProto], TensorProto, list[TensorProto], str]:
+    """Bits ``[rows, n]`` packed eight to a byte, with tables and nodes that yield uint8 zeros and ones ``[rows, n / 8, 8]``."""
     packed = np.packbits(flags, axis=1, bitorder="little")[:, :, None]
     data, shifts, one, shifted, bit = (names.new() for _ in range(5))
     nodes = [node("BitShift", [data, shifts], [shifted], direction="RIGHT"), node("BitwiseAnd", [shifted, one], [bit])]
     return (
         nodes,
-        [tensor(data, packed), tensor(shifts, np.arange(8, dtype=np.uint8)), tensor(one, np.array([1], np.uint8))],
+        tensor(data, packed),
+        [tensor(shifts, np.arange(8, dtype=np.uint8)), tensor(one, np.array([1], np.uint8))],
         bit,
     )
 
@@ -190,10 +233,10 @@ def _as_planes(values: Int8, bits: int, names: Names) -> Stored:
     """Two's complement at ``bits``, one bit-plane after the other: ``value = sum(bit_j * 2**j) - 2**(bits-1)``."""
     codes = (values.astype(np.int16).ravel() + 2 ** (bits - 1)).astype(np.uint8)
     planes = (codes[None] >> np.arange(bits, dtype=np.uint8)[:, None]) & 1
-    nodes, initializers, bit = _bit_columns(planes, names)
+    nodes, packed, tables, bit = _bit_columns(planes, names)
     weights, flat_shape, shape, offset, axes = (names.new() for _ in range(5))
     floats, flat, code, centred, cut, shaped, output = (names.new() for _ in range(7))
-    initializers += [
+    tables += [
         tensor(weights, (2.0 ** np.arange(bits)).astype(np.float32)[None]),
         tensor(flat_shape, np.array([bits, -1], np.int64)),
         tensor(shape, np.array(values.shape, np.int64)),
@@ -207,7 +250,7 @@ def _as_planes(values: Int8, bits: int, names: Names) -> Stored:
     ]
     if codes.size % 8:
         start, end = names.new(), names.new()
-        initializers += [
+        tables += [
             tensor(start, np.array([0], np.int64)),
             tensor(end, np.array([codes.size], np.int64)),
             tensor(axes, np.array([1], np.int64)),
@@ -215,7 +258,7 @@ def _as_planes(values: Int8, bits: int, names: Names) -> Stored:
         nodes.append(node("Slice", [centred, start, end, axes], [cut]))
         centred = cut
     nodes += [node("Reshape", [centred, shape], [shaped]), node("Cast", [shaped], [output], to=TensorProto.INT8)]
-    return Stored(f"dense{bits}", output, tuple(nodes), tuple(initializers), 18)
+    return Stored(f"dense{bits}", output, tuple(nodes), (packed,), tuple(tables), 18)
 
 
 def _as_sparse(values: Int8, bits: int, names: Names) -> Stored:
@@ -223,13 +266,12 @@ def _as_sparse(values: Int8, bits: int, names: Names) -> Stored:
     flat = values.ravel()
     mask = np.pad((flat != 0).astype(np.uint8), (0, -flat.size % 8))
     nonzero = flat[flat != 0] if flat.any() else np.zeros(1, np.int8)
-    nodes, initializers, bit = _bit_columns(mask[None], names)
+    nodes, packed, tables, bit = _bit_columns(mask[None], names)
     stored = min((kind(nonzero, bits, Names()) for kind in _value_storages(bits)), key=lambda s: s.size_bytes).kind
     inner = {"int8": _as_int8, "int4": _as_int4, "int2": _as_int2}[stored](nonzero, bits, names)
     line, count, one, axis, shape = (names.new() for _ in range(5))
     flat_mask, mask32, running, position, found, mask8, product, output = (names.new() for _ in range(8))
-    initializers += [
-        *inner.initializers,
+    tables += [
         tensor(line, np.array([-1], np.int64)),
         tensor(one, np.array(1, np.int32)),
         tensor(axis, np.array(0, np.int64)),
@@ -246,12 +288,12 @@ def _as_sparse(values: Int8, bits: int, names: Names) -> Stored:
     ]
     if flat.size % 8:
         start, end, cut = names.new(), names.new(), names.new()
-        initializers += [tensor(start, np.array([0], np.int64)), tensor(end, np.array([flat.size], np.int64))]
+        tables += [tensor(start, np.array([0], np.int64)), tensor(end, np.array([flat.size], np.int64))]
         nodes.append(node("Slice", [product, start, end], [cut]))
         product = cut
-    initializers.append(tensor(shape, np.array(values.shape, np.int64)))
+    tables.append(tensor(shape, np.array(values.shape, np.int64)))
     nodes += [node("Cast", [product], [count], to=TensorProto.INT8), node("Reshape", [count, shape], [output])]
-    return Stored("sparse", output, tuple(nodes), tuple(initializers), max(18, inner.opset))
+    return Stored("sparse", output, tuple(nodes), (packed, *inner.weights), tuple(tables), max(18, inner.opset))
 
 
 def sparse_storage(values: Int8, bits: int) -> Stored:

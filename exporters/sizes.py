@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -10,7 +10,15 @@ import numpy as np
 
 from edgecompress.cost import Kernel, layer_params, layer_weights
 from edgecompress.exporters.onnx_writing import Names
-from edgecompress.exporters.packing import LARGE, SPARSE_ZEROS, sparse_storage, store
+from edgecompress.exporters.packing import (
+    LARGE,
+    SPARSE_ZEROS,
+    Held,
+    content_of,
+    field_bytes,
+    sparse_storage,
+    store,
+)
 from edgecompress.quantize import QuantizedGraph, QuantizedWeight, Simulator
 from edgecompress.spec import LayerSpec, Target
 
@@ -95,12 +103,12 @@ class FileSize:
         # Names are as long as the last ones of a file of unpacking nodes: a budget that is spent to its last byte holds.
         self._used = NAMES_PER_LAYER * len(simulator.graph.layers)
         self._layers = {layer.name: layer for layer in simulator.graph.layers}
-        self._stored: dict[tuple[str, int], int] = {}
-        written = (_weight_bytes(simulator.weight(layer, 8), target) for layer in self._layers.values())
-        self._fixed = base_bytes - sum(written)
+        self._stored: dict[tuple[str, int], tuple[int, dict[bytes, int]]] = {}
+        weights = {layer.name: simulator.weight(layer, 8) for layer in self._layers.values()}
+        self._fixed = base_bytes - sum(_bytes_of_layers(weights, target).values())
 
-    def stored(self, layer: str, bits: int) -> int:
-        """Bytes of one layer's weights in the file at most, unpacking nodes included.
+    def _of(self, layer: str, bits: int) -> tuple[int, dict[bytes, int]]:
+        """Bytes of one layer's weights in the file at most, unpacking nodes included, and those of tables that layers share.
 
         Weights that only round to zero count as non-zero: training may move them, pruned ones stay zero.
         """
@@ -109,13 +117,14 @@ class FileSize:
             node = self._layers[layer]
             weight = self._simulator.weight(node, key[1])
             alive = (self._simulator.graph.constants[node.inputs[1]] != 0) & (weight.values == 0)
-            self._stored[key] = _weight_bytes(
-                replace(weight, values=weight.values + alive.astype(np.int8)), self._target, self._used
-            )
+            values = weight.values + alive.astype(np.int8)
+            self._stored[key] = _apart(replace(weight, values=values), self._target, self._used)
         return self._stored[key]
 
     def __call__(self, kernels: Sequence[Kernel], params: int) -> int:
-        weights = sum(self.stored(kernel.layer.name, kernel.weight_bits) for kernel in kernels)
+        layers = [self._of(kernel.layer.name, kernel.weight_bits) for kernel in kernels]
+        tables = {content: size for _, shared in layers for content, size in shared.items()}
+        weights = sum(own for own, _ in layers) + sum(tables.values())
         return self._fixed + weights + self._clips(kernels)
 
     def _clips(self, kernels: Sequence[Kernel]) -> int:
@@ -129,12 +138,25 @@ class FileSize:
         return CLIP_BYTES * len(clipped) + LIMIT_BYTES * 2 * len(set(clipped.values()))
 
 
-def _weight_bytes(weight: QuantizedWeight, target: Target, used: int = 0) -> int:
+def _apart(weight: QuantizedWeight, target: Target, used: int) -> tuple[int, dict[bytes, int]]:
+    """Bytes of a layer's weights and nodes, and those of each table by its content."""
     if target.dialect == "trt":  # TensorRT stores low-bit convolution weights as int8
-        return int(weight.values.size)
-    return store(weight.values, weight.bits, Names(used=used), max_opset=target.max_opset).size_bytes
+        return int(weight.values.size), {}
+    stored = store(weight.values, weight.bits, Names(used=used), max_opset=target.max_opset)
+    return field_bytes(*stored.nodes, *stored.weights), {content_of(t): field_bytes(t) for t in stored.tables}
+
+
+def _bytes_of_layers(weights: Mapping[str, QuantizedWeight], target: Target) -> dict[str, int]:
+    """Bytes of every layer's weights, unpacking nodes included; what several layers share counts for the first of them."""
+    if target.dialect == "trt":
+        return {name: int(weight.values.size) for name, weight in weights.items()}
+    names, held = Names(), Held()
+    return {
+        name: store(weight.values, weight.bits, names, max_opset=target.max_opset, held=held).size_bytes
+        for name, weight in weights.items()
+    }
 
 
 def stored_bytes(quantized: QuantizedGraph, target: Target) -> dict[str, int]:
-    """Bytes of every layer's weights in the target's file."""
-    return {name: _weight_bytes(weight, target) for name, weight in quantized.weights.items()}
+    """Bytes of every layer's weights in the target's file; what several layers share counts for the first of them."""
+    return _bytes_of_layers(quantized.weights, target)

@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto
 
 from edgecompress.exporters.onnx_writing import BASE_OPSET, Names, attributes_of, model_around, node, tensor
-from edgecompress.exporters.packing import store
+from edgecompress.exporters.packing import Held, store
 from edgecompress.graph import Graph, Node
 from edgecompress.quantize import (
     QuantizedGraph,
@@ -104,6 +104,7 @@ class _Writer:
         self.read_names: dict[str, str] = {}
         self.integers: dict[str, tuple[str, str, str]] = {}  # names of u8 tensor, scale and zero point
         self.shared: dict[tuple[str, float], str] = {}
+        self.held: Held = {}
         self.opset = min(BASE_OPSET, max_opset)
         self.owner = find_points(self.graph).owner
 
@@ -150,7 +151,9 @@ class _Writer:
 
     def _weight(self, source: Node) -> str:
         weight = self.quantized.weights[source.name]
-        stored = store(weight.values, weight.bits, self.names, max_opset=self.max_opset, unpack=self.unpack)
+        stored = store(
+            weight.values, weight.bits, self.names, max_opset=self.max_opset, unpack=self.unpack, held=self.held
+        )
         self.opset = max(self.opset, stored.opset)
         self.initializers += stored.initializers
         self.nodes += stored.nodes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -151,3 +152,18 @@ def test_names_are_short_unique_and_not_reserved():
     made = [names.new() for _ in range(60)]
     assert made[:3] == ["a", "c", "d"] and len(set(made)) == 60 and not {"b", "ab"} & set(made)
     assert tensor("x", np.float32(3)).dims == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "zeros", "max_opset"), [("dense6", 6, 0.0, 18), ("dense7", 7, 0.0, 25), ("sparse", 8, 0.9, 25)]
+)
+def test_layers_share_the_tables_that_unpack_them_but_never_weights(kind, bits, zeros, max_opset):
+    names, held, values = Names(), {}, integers((32, 64, 3, 3), bits, zeros)
+    first, second = (store(values, bits, names, max_opset=max_opset, held=held) for _ in range(2))
+    assert first.kind == second.kind == kind
+    assert first.tables and not second.tables and len(second.weights) == len(first.weights) > 0
+    both = replace(
+        second, nodes=first.nodes + second.nodes, weights=first.weights + second.weights, tables=first.tables
+    )
+    assert np.array_equal(unpacked(both, 4), values)
+    assert np.array_equal(unpacked(replace(both, output=first.output), 4), values)
