@@ -136,13 +136,12 @@ def exported(source: Any, policy: str, folder: Path, formats: list[str], rows: d
             artifact = export(source, format_name, place)
             rows[key] = {"bytes": artifact.size_bytes, "opset": artifact.opset, "checks": artifact.checks}
             rows[key]["seconds"] = round(time.monotonic() - start, 1)
-        except UsageError as error:
-            if "--allow-float" not in str(error) or source.interface.allow_float:
-                raise
-            write(key, format_name, replace(source, interface=replace(source.interface, allow_float=True)), place)
-            rows[key]["floats_allowed"] = str(error)
         except EdgeCompressError as error:
-            rows[key] = {"error": f"{type(error).__name__}: {error}"}
+            if isinstance(error, UsageError) and "--allow-float" in str(error) and not source.interface.allow_float:
+                write(key, format_name, replace(source, interface=replace(source.interface, allow_float=True)), place)
+                rows[key]["floats_allowed"] = str(error)
+            else:
+                rows[key] = {"error": f"{type(error).__name__}: {error}"}
 
     safe = replace(source, interface=Interface(saturating_cpu=True))
     for format_name in formats:

@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 @click.option("--image-size", type=click.IntRange(min=8), help="Bring images to this size, not to the file's own.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads while timing.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Images per call while timing.")
-@click.option("--runtime", default="", help="onnxruntime, openvino or tensorrt. Default: what the file's suffix says.")
+@click.option(
+    "--runtime",
+    default="",
+    help="onnxruntime, openvino, tensorrt, ncnn, executorch or litert. Default: what the file's suffix says.",
+)
 @click.option("--against", type=click.Path(path_type=Path), help="Another file or run folder to compare with.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print as CSV, one line per file.")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")

@@ -57,13 +57,14 @@ def report_on(
         if not path.exists():
             continue
         opened = open_artifact(path)
+        size = sum(file.stat().st_size for file in (path, *opened.beside))
         if not opened.as_written:
             timing[name] = measure_latency_us(opened.runner, image)
         del opened
         rows[name] = ArtifactRow(
             name=name,
             format=known[name].format if name in known else "onnx" if name == ORIGINAL else "onnxruntime",
-            size_bytes=path.stat().st_size,
+            size_bytes=size,
             accuracy=scored(path, open_artifact(path, threads=job.config.threads), job.data)[0],
             host_latency_us=timing[name]["median_us"] if name in timing else None,
             predicted_host=predicted(job.network, _as_run(job, name, known, policy), on_host)

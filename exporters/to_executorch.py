@@ -41,20 +41,20 @@ class FloatNetwork(nn.Module):
 
     def __init__(self, graph: Graph, without: Collection[str] = ()) -> None:
         super().__init__()
-        self._graph, self._names, self._sizes = graph, {}, {}
-        places = {name for node in graph.nodes if node.op in ("Slice", "Reshape") for name in node.inputs[1:]}
+        self._graph, self._names, self._numbers = graph, {}, {}
+        plain = {name for node in graph.nodes if node.op in ("Slice", "Reshape", "Clip") for name in node.inputs[1:]}
         for number, (name, value) in enumerate(float_constants(graph).items()):
             if name in without:
                 continue
-            if name in places:  # a buffer's numbers are data, on which the program must not depend
-                self._sizes[name] = value.reshape(-1).tolist()
+            if name in plain:  # a buffer's numbers are data, on which the program must not depend
+                self._numbers[name] = value.tolist()
                 continue
             self.register_buffer(f"constant{number}", value)
             self._names[name] = f"constant{number}"
 
     def constants(self) -> dict[str, Any]:
-        """Every constant by its name in the graph; sizes and places of slices as a list."""
-        return {name: getattr(self, key) for name, key in self._names.items()} | self._sizes
+        """Every constant by its name in the graph; sizes and places of slices as a list, limits of a Clip as a number."""
+        return {name: getattr(self, key) for name, key in self._names.items()} | self._numbers
 
     def forward(self, x: Tensor) -> Tensor:
         return run(self._graph, x, self.constants())

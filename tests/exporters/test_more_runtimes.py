@@ -23,6 +23,7 @@ from edgecompress.exporters.formats import export
 from edgecompress.exporters.interface import Interface
 from edgecompress.exporters.runners import OnnxRuntimeRunner, measure_latency_us
 from edgecompress.exporters.to_onnx import float_model
+from edgecompress.graph import build_graph
 from edgecompress.quantize import TensorRange
 from edgecompress.spec import CompressionPolicy
 
@@ -118,6 +119,15 @@ def test_an_integer_program_holds_no_weights_as_floats():
     held = list(network.buffers())
     assert {tuple(value.shape) for value in held if value.dtype == torch.int8} >= weights
     assert not any(value.is_floating_point() and tuple(value.shape) in weights for value in held)
+
+
+def test_limits_of_a_clip_are_numbers_of_the_program():
+    """As buffers they are data, and MobileNet-V2 cannot be lowered."""
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU6(), torch.nn.Flatten())
+    graph, x = build_graph(module, (3, 8, 8), "clipped"), torch.randn(1, 3, 8, 8)
+    assert "Clip" in [node.op for node in graph.nodes]
+    program = torch.export.export(to_executorch.FloatNetwork(graph).eval(), (x,))
+    torch.testing.assert_close(program.module()(x), module(x))
 
 
 @needs_executorch
