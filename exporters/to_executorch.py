@@ -117,7 +117,11 @@ class IntegerNetwork(FloatNetwork):
         for node in self._graph.nodes:
             result = node.outputs[0]
             on = result if node.op == "Concat" and result in self._tensors else None
-            keep(result, apply(node, [read(name, on) for name in node.inputs]))
+            arguments = [read(name, on) for name in node.inputs]
+            if node.op == "Clip" and len(arguments) == 3 and None not in arguments[1:]:
+                keep(result, F.hardtanh(*arguments))  # a clamp by another name, which XNNPACK joins to the layer before
+            else:
+                keep(result, apply(node, arguments))
         outputs = read(self._graph.outputs[0], None)
         return (outputs, *(integers[name] for name in self.shown)) if self.shown else outputs
 

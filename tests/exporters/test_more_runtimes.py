@@ -24,8 +24,8 @@ from edgecompress.exporters.interface import Interface
 from edgecompress.exporters.runners import OnnxRuntimeRunner, measure_latency_us
 from edgecompress.exporters.to_onnx import float_model
 from edgecompress.graph import build_graph
-from edgecompress.quantize import TensorRange
-from edgecompress.spec import CompressionPolicy
+from edgecompress.quantize import Simulator, TensorRange, calibrate
+from edgecompress.spec import CompressionPolicy, LayerChoice
 
 needs_ncnn = pytest.mark.skipif(not (find_spec("ncnn") and find_spec("pnnx")), reason="ncnn or pnnx is not installed")
 needs_executorch = pytest.mark.skipif(find_spec("executorch") is None, reason="executorch is not installed")
@@ -128,6 +128,21 @@ def test_limits_of_a_clip_are_numbers_of_the_program():
     assert "Clip" in [node.op for node in graph.nodes]
     program = torch.export.export(to_executorch.FloatNetwork(graph).eval(), (x,))
     torch.testing.assert_close(program.module()(x), module(x))
+
+
+@needs_executorch
+def test_executorch_takes_a_layer_with_its_clip_as_one_integer_kernel():
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.ReLU6(), torch.nn.Conv2d(8, 8, 1), torch.nn.ReLU6()
+    module = torch.nn.Sequential(*layers, torch.nn.Flatten(), torch.nn.Linear(128, 4))
+    images = torch.randn(8, 3, 8, 8)
+    graph = build_graph(module, (3, 8, 8), "clipped")
+    simulator = Simulator(graph, calibrate(graph, [images], samples=2000))
+    quantized = simulator.quantized(
+        {layer.name: LayerChoice(weight_bits=8, activation_bits=8) for layer in graph.layers}
+    )
+    network = to_executorch.IntegerNetwork(quantized, TensorRange(0.01, 8, True))
+    assert to_executorch.program(network, images[:1])[1] == []
 
 
 @needs_executorch
