@@ -68,7 +68,8 @@ def check_integer_program(
         bool((answers == run_all(runner, some)).all()), "shown_program_agrees", True,
         "the program that shows its values answers otherwise",
     )  # fmt: skip
-    differences = operator_differences(quantized, _runs(showing, network.shown, some), scores.scale)
+    runs = _runs(showing, network.shown, some)
+    differences = operator_differences(quantized, runs, scores.scale, 127 * scores.scale)
     require_operators(checks, quantized, differences, lambda name: SELDOM)
     return checks
 

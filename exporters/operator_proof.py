@@ -44,12 +44,14 @@ def operator_differences(
     quantized: QuantizedGraph,
     runs: Iterable[tuple[Images, Seen, NDArray[np.float32]]],
     step: float | None = None,
+    largest: float = float("inf"),
 ) -> dict[str, Difference]:
     """By quantised value, and `OUTPUT`: what the runtime computes against the emulator's kernel on the same inputs.
 
     Args:
         runs: of some images each: the images, the values that the runtime held, and its outputs.
-        step: of the output's s8 grid, beyond which it saturates; None where the output is float.
+        step: of the output's grid; None where the output is float.
+        largest: at which the output saturates.
     """
     found: dict[str, Difference] = {}
     for images, seen, outputs in runs:
@@ -63,8 +65,7 @@ def operator_differences(
 
         with torch.no_grad():
             wanted = emulate(quantized, torch.from_numpy(images), compared).numpy()
-        if step:
-            wanted = wanted.clip(-128 * step, 127 * step)
+        wanted = wanted.clip(-largest, largest)
         scale = step or FLOAT_ERROR * max(float(np.abs(wanted).max()), 1e-9)
         found[OUTPUT] = _difference((outputs - wanted) / scale, found.get(OUTPUT))
     return found
