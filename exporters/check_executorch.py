@@ -69,7 +69,8 @@ def check_integer_program(
         "the program that shows its values answers otherwise",
     )  # fmt: skip
     runs = _runs(showing, network.shown, some)
-    differences = operator_differences(quantized, runs, scores.scale, 127 * scores.scale)
+    ends = (-128 * scores.scale, 127 * scores.scale)
+    differences = operator_differences(quantized, runs, scores.scale, ends)
     require_operators(checks, quantized, differences, lambda name: SELDOM)
     return checks
 

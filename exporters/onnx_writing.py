@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -150,8 +151,8 @@ def _check(model: onnx.ModelProto, opset: int) -> None:
 
 
 def metadata_of(preprocessing: Preprocessing, classes: Sequence[str]) -> dict[str, str]:
-    """What every file says of itself: how an image becomes its input, and the names of its outputs in their order."""
-    return {"preprocess": preprocessing.model_dump_json(), "labels": ",".join(classes)}
+    """What every file says of itself: how an image becomes its input, and the names of its outputs in their order (JSON)."""
+    return {"preprocess": preprocessing.model_dump_json(), "labels": json.dumps(list(classes), ensure_ascii=False)}
 
 
 def inputs_of(source: Node, rename: Mapping[str, str]) -> list[str]:

@@ -6,6 +6,7 @@ nothing about the file. Operator by operator nothing is amplified.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -44,14 +45,14 @@ def operator_differences(
     quantized: QuantizedGraph,
     runs: Iterable[tuple[Images, Seen, NDArray[np.float32]]],
     step: float | None = None,
-    largest: float = float("inf"),
+    ends: tuple[float, float] = (-math.inf, math.inf),
 ) -> dict[str, Difference]:
     """By quantised value, and `OUTPUT`: what the runtime computes against the emulator's kernel on the same inputs.
 
     Args:
         runs: of some images each: the images, the values that the runtime held, and its outputs.
         step: of the output's grid; None where the output is float.
-        largest: at which the output saturates.
+        ends: at which the output saturates.
     """
     found: dict[str, Difference] = {}
     for images, seen, outputs in runs:
@@ -65,7 +66,7 @@ def operator_differences(
 
         with torch.no_grad():
             wanted = emulate(quantized, torch.from_numpy(images), compared).numpy()
-        wanted = wanted.clip(-largest, largest)
+        wanted = wanted.clip(*ends)
         scale = step or FLOAT_ERROR * max(float(np.abs(wanted).max()), 1e-9)
         found[OUTPUT] = _difference((outputs - wanted) / scale, found.get(OUTPUT))
     return found

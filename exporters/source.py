@@ -50,7 +50,7 @@ class ExportSource:
             "version": version("edgecompress"),
             "target": self.target.name,
             "policy": sha256(self.policy.model_dump_json().encode()),
-            "labels": ",".join(self.classes),
+            "labels": self.metadata["labels"],
             "table": self.table,
             **{name: str(value) for name, value in vars(self.interface).items() if value is not None},
         }

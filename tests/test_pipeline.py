@@ -384,7 +384,7 @@ def test_resume_with_other_weights_is_refused(own, own_run):
 
 def test_every_file_carries_preprocessing_and_labels(tiny_run, digits):
     wanted = {"edgecompress.preprocess": digits.preprocessing.model_dump_json()}
-    wanted["edgecompress.labels"] = ",".join(digits.classes)
+    wanted["edgecompress.labels"] = json.dumps(list(digits.classes))
     for name in (*EXPORTED, "original.onnx", "original.int8.onnx"):
         found = {prop.key: prop.value for prop in onnx.load(tiny_run / "exports" / name).metadata_props}
         assert found.items() >= wanted.items(), name

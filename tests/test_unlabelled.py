@@ -98,7 +98,7 @@ def test_classes_come_from_the_weights(ran):
     _, path = ran
     assert RunFolder(path).architecture().classes == 4
     session = onnxruntime.InferenceSession(path / "exports/model.onnx", providers=["CPUExecutionProvider"])
-    assert session.get_modelmeta().custom_metadata_map["edgecompress.labels"] == "0,1,2,3"
+    assert json.loads(session.get_modelmeta().custom_metadata_map["edgecompress.labels"]) == list("0123")
 
 
 def test_run_can_be_exported_again_and_resumed(ran, place):

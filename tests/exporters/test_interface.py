@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -89,7 +90,7 @@ def test_batch_opset_and_facts_are_recorded(source, tmp_path):
     artifact = export(replace(source, interface=Interface(batch=4, max_opset=17)), "onnxruntime", tmp_path)
     assert artifact.inputs["input"][0] == 4 and artifact.opset == 17
     assert artifact.oldest_runtime == "ONNX Runtime 1.16"
-    assert artifact.facts["target"] == "jetson-orin-nano" and artifact.facts["labels"] == "a,b,c,d"
+    assert artifact.facts["target"] == "jetson-orin-nano" and json.loads(artifact.facts["labels"]) == list("abcd")
     assert artifact.checks["scored_images"] == len(source.images)
     free = export(replace(source, interface=Interface(batch=0)), "tensorrt", tmp_path)
     assert free.inputs["input"][0] == "N"

@@ -92,7 +92,7 @@ def test_pruned_networks_are_written_proven_and_recorded(name, tmp_path):
     assert (artifact.opset, artifact.oldest_runtime) == (0, "TensorFlow Lite 2.14.0")
     opened = open_artifact(tmp_path / "model.tflite")
     assert opened.preprocessing == source.preprocessing and not opened.pixels
-    assert opened.runner.metadata["edgecompress.labels"] == "a,b,c,d"
+    assert json.loads(opened.runner.metadata["edgecompress.labels"]) == list("abcd")
 
 
 @pytest.mark.parametrize("seed", [0, 1])
