@@ -32,7 +32,7 @@ def one_registry() -> Iterator[None]:
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "from_torchlib", functools.cache(registry.from_torchlib))
+        patch.setattr(registry, "from_torchlib", staticmethod(functools.cache(registry.from_torchlib)))
         yield
 
 
