@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edgecompress.errors import BadFileError, GoalMissedError
 from edgecompress.exporters import to_executorch
 from edgecompress.exporters.more_runners import ExecuTorchRunner
 from edgecompress.exporters.operator_proof import (
@@ -69,8 +70,8 @@ def check_integer_program(
         "the program that shows its values answers otherwise",
     )  # fmt: skip
     runs = _runs(showing, network.shown, some)
-    ends = (-128 * scores.scale, 127 * scores.scale)
-    differences = operator_differences(quantized, runs, scores.scale, ends)
+    step, (low, high) = network.scores.scale, (-128, 127) if network.scores.signed else (0, 255)
+    differences = operator_differences(quantized, runs, step, (low * step, high * step))
     require_operators(checks, quantized, differences, lambda name: SELDOM)
     return checks
 
@@ -89,4 +90,10 @@ def _loaded(data: bytes) -> ExecuTorchRunner:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pte"
         path.write_bytes(data)
-        return ExecuTorchRunner(path)
+        try:
+            return ExecuTorchRunner(path)
+        except BadFileError as error:
+            raise GoalMissedError(
+                f"ExecuTorch lowered the network to a program that it does not load itself: {error.__cause__}. Nothing was "
+                "written; report it with the run folder."
+            ) from error

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgecompress.errors import UsageError
-from edgecompress.exporters.emulate import meets_a_constant
+from edgecompress.exporters.emulate import MOVES, meets_a_constant
 from edgecompress.exporters.more_runners import missing
 from edgecompress.graph import LAYER_OPS, Graph, quiet
 from edgecompress.interpret import apply, float_constants, run
@@ -64,11 +64,12 @@ class IntegerNetwork(FloatNetwork):
     """The graph with the quantise and dequantise operators that XNNPACK fuses.
 
     Args:
-        scores: the range of the output, where the network leaves it float.
+        scores: the range of the output, where the network leaves it float; ``scores`` is then what it has.
         show: answer every quantised value as well, as s8 and in the order of ``shown``.
     """
 
     def __init__(self, quantized: QuantizedGraph, scores: TensorRange, *, show: bool = False) -> None:
+        scores = _moved(quantized) or scores
         tensors = {quantized.graph.outputs[0]: scores} | dict(quantized.tensors)
         inputs = {layer.name: layer.inputs[1] for layer in quantized.graph.layers if layer.name in quantized.weights}
         super().__init__(_clamps_alone(quantized.graph, tensors), inputs.values())
@@ -140,6 +141,17 @@ def float_operators(quantized: QuantizedGraph) -> list[str]:
         or (node.op in LAYER_OPS and node.name not in quantized.weights)
         or meets_a_constant(quantized.graph, node)
     ]
+
+
+def _moved(quantized: QuantizedGraph) -> TensorRange | None:
+    """The grid of the quantised value that the output is by another shape: XNNPACK moves no value to another grid."""
+    name = quantized.graph.outputs[0]
+    while name not in quantized.tensors:
+        node = quantized.graph.producer(name)
+        if node is None or node.op not in MOVES:
+            return None
+        name = node.inputs[0]
+    return quantized.tensors[name]
 
 
 def _clamps_alone(graph: Graph, tensors: Mapping[str, TensorRange]) -> Graph:

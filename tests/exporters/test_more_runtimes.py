@@ -145,6 +145,19 @@ def test_executorch_takes_a_layer_with_its_clip_as_one_integer_kernel():
     assert to_executorch.program(network, images[:1])[1] == []
 
 
+def test_scores_that_are_a_moved_value_keep_its_grid():
+    """SqueezeNet ends in a mean: XNNPACK refuses to load a program that flattens onto another grid."""
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    images = torch.randn(8, 3, 8, 8)
+    graph = build_graph(module, (3, 8, 8), "pooled")
+    simulator = Simulator(graph, calibrate(graph, [images], samples=2000))
+    quantized = simulator.quantized(
+        {layer.name: LayerChoice(weight_bits=8, activation_bits=8) for layer in graph.layers}
+    )
+    network = to_executorch.IntegerNetwork(quantized, TensorRange(99.0, 8, True))
+    assert network.scores.scale < 1
+
+
 @needs_executorch
 def test_executorch_is_proven_operator_by_operator_where_answers_do_not_show_it(monkeypatch):
     case = integer_case("residual")
