@@ -313,7 +313,7 @@ def time_phase(wanted: list[tuple[str, str]], cache: Path, seconds: float) -> No
         path, folder = cell_path(cache, name, policy), cache / f"{name}-{policy}"
         result = json.loads(path.read_text()) if path.exists() else {}
         if "formats" in result and "latency" not in result and (folder / "model.int8.onnx").exists():
-            result["latency"] = timings(folder, NETWORKS[name], policy, seconds)
+            result["latency"] = timings(folder, NETWORKS[name], policy, seconds if policy == "w8a8" else seconds / 2)
             save(path, result)
             print(f"{name}:{policy}: {result['latency']['fast_us']:.0f} us", flush=True)
 
