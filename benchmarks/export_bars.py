@@ -11,7 +11,7 @@ LARGEST = "vgg16_bn"  # 138 million parameters
 LOADED = ("mixed", "w3a8")  # policies at which it is loaded
 OPENVINO_SAFE = "openvino, 7-bit weights"
 SPEED = {"resnet18": 3.0, "vgg16_bn": 3.5, "mobilenet_v2": 2.2, "resnet56": 2.0}
-AVX2 = "the CPU has AVX2 but no VNNI: 8-bit products take two instructions more, and saturate at 8-bit weights"
+AVX2 = "AVX2 without VNNI: 32 products of 8 bits take three instructions, not one, and float takes four"
 TIMED = {
     "float": "float",
     "fast": "8-bit",

@@ -12,12 +12,14 @@ from cells import Cell
 from prune_lab import Lab
 from torch import Tensor, nn
 
+from edgecompress.data import Dataset
 from edgecompress.finetune import TrainSettings, train
 from edgecompress.spaces import Choice
 from edgecompress.variational import (
-    WeightNoise,
+    NoisyLayer,
     kl_penalty,
     measured_noise,
+    noise_by_size,
     prune_elements,
     refresh_batchnorm,
     with_noise,
@@ -25,33 +27,37 @@ from edgecompress.variational import (
 )
 
 KEEP = 0.25  # of the weights of every layer, either way
-LEARNING, RECOVERING, IMAGES = 3, 3, 10_000
+LEARNING, MEASURING, RECOVERING, IMAGES = 3, 1, 3, 10_000
 
 
-def without_single_weights(lab: Lab, tuned: nn.Module, choice: Choice, seed: int, *, dropout: bool) -> Cell:
+def without_single_weights(lab: Lab, tuned: nn.Module, choice: Choice, seed: int, *, ranked: str) -> Cell:
     """Test accuracy in percent of a fine-tuned network that keeps a quarter of its weights.
 
-    With dropout, log-alpha after a training under noise ranks the weights; without, their size after as long a training
-    without noise. Then both recover alike.
+    Args:
+        ranked: what ranks the weights. ``with``: log-alpha after a training under noise. ``without``: their size after as
+            long a training without noise. ``frozen``: log-alpha after the same training without noise, and then an epoch in
+            which only the noise is learned, so that it tells how much each weight bears.
+
+    Then all recover alike.
     """
     data = cifar10.dataset(IMAGES)
     teacher = copy.deepcopy(lab.model)
     settings = TrainSettings(epochs=LEARNING, learning_rate=0.01, batch_size=128, seed=seed)
-    if dropout:
+    if ranked == "with":
         noisy, layers = with_noise(tuned)
-        train(
-            noisy, data, replace(settings, weight_decay=0.0), teacher=teacher,
-            penalty=lambda progress: kl_penalty(
-                layers, len(data.train), weight_scale=0.05, unit_scale=1e-4, progress=progress
-            ),
-            noise=[parameter for layer in layers.values() for parameter in layer.noise_parameters],
-        )  # fmt: skip
+        _learn(noisy, layers, data, settings, teacher)
         plain = without_noise(noisy)
         refresh_batchnorm(plain, data, seed=seed)
         noise = measured_noise(layers)
     else:
         plain = train(copy.deepcopy(tuned), data, settings, teacher=teacher)
-        noise = WeightNoise({name: -weight.abs() for name, weight in _weights(plain).items()})
+        noise = noise_by_size(plain)
+    if ranked == "frozen":
+        noisy, layers = with_noise(plain)
+        for layer in layers.values():
+            layer.layer.requires_grad_(False)
+        _learn(noisy, layers, data, replace(settings, epochs=MEASURING), teacher)
+        noise = measured_noise(layers)
     sparse = prune_elements(plain.eval(), noise, dict.fromkeys(noise.log_alpha, KEEP))
     before = lab.measure(sparse, "select").accuracy
     _hold_zeros(sparse)
@@ -63,6 +69,19 @@ def without_single_weights(lab: Lab, tuned: nn.Module, choice: Choice, seed: int
         "test": round(100 * lab.measure(sparse, "test").accuracy, 3),
         "kept_weights": kept,
     }
+
+
+def _learn(
+    noisy: nn.Module, layers: Mapping[str, NoisyLayer], data: Dataset, settings: TrainSettings, teacher: nn.Module
+) -> None:
+    """As `compress` learns it."""
+    train(
+        noisy, data, replace(settings, weight_decay=0.0), teacher=teacher,
+        penalty=lambda progress: kl_penalty(
+            layers, len(data.train), weight_scale=0.05, unit_scale=1e-4, progress=progress
+        ),
+        noise=[parameter for layer in layers.values() for parameter in layer.noise_parameters],
+    )  # fmt: skip
 
 
 def _weights(model: nn.Module) -> Mapping[str, Tensor]:

@@ -95,9 +95,9 @@ def later_cells(lab: Lab, known: dict[str, Cell], wanted: argparse.Namespace) ->
         yield "cost", "cost", lambda: _seconds_per_episode(lab, known)
         yield "aware", "aware_times", lambda: _aware_times(lab, known)
     for seed in SEEDS[:3]:
-        for dropout in (True, False):
-            name = f"dropout/{'with' if dropout else 'without'}/{seed}"
-            yield "dropout", name, lambda seed=seed, dropout=dropout: _ablated(lab, known, seed, dropout)
+        for ranked in ("with", "without", "frozen"):
+            name = f"dropout/{ranked}/{seed}"
+            yield "dropout", name, lambda seed=seed, ranked=ranked: _ablated(lab, known, seed, ranked)
     larger = Lab("resnet56")
     yield "resnet56", "resnet56/search", lambda: run_search(larger, "ddpg", BUDGETS[:1], 0, episodes=wanted.episodes)
     yield "resnet56", "resnet56/pruned", lambda: _large(larger, known, "pruned")
@@ -112,14 +112,14 @@ def _large(lab: Lab, known: dict[str, Cell], which: str) -> Cell | None:
     return {"test": round(100 * lab.measure(model, "test").accuracy, 3)}
 
 
-def _ablated(lab: Lab, known: dict[str, Cell], seed: int, dropout: bool) -> Cell | None:
+def _ablated(lab: Lab, known: dict[str, Cell], seed: int, ranked: str) -> Cell | None:
     """One final of the DDPG arm, the same for all."""
     final = known.get(f"search/{BUDGETS[0]}/ddpg/0")
     if final is None:
         return None
     choice = tuple(final["choice"])
     tuned, _ = fine_tuned(lab, choice, TUNING, TUNING_IMAGES)
-    return without_single_weights(lab, tuned, choice, seed, dropout=dropout)
+    return without_single_weights(lab, tuned, choice, seed, ranked=ranked)
 
 
 def _aware(lab: Lab, known: dict[str, Cell], seed: int, episodes: int) -> Cell | None:
