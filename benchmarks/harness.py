@@ -131,6 +131,7 @@ def plot(path: Path, bars: list[dict[str, Any]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text as text: a tenth of the bytes
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 0.6 + 0.28 * len(bars)))

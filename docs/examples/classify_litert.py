@@ -22,7 +22,7 @@ def load(path, threads=1):
     for number in range(model.MetadataLength()):
         entry = model.Metadata(number)
         said[entry.Name().decode()] = bytes(model.Buffers(entry.Buffer()).DataAsNumpy()).decode()
-    return interpreter, json.loads(said["edgecompress.preprocess"]), said["edgecompress.labels"].split(",")
+    return interpreter, json.loads(said["edgecompress.preprocess"]), json.loads(said["edgecompress.labels"])
 
 
 def prepare(image, how):

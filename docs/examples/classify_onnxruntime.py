@@ -18,7 +18,7 @@ def load(path, threads=1):
     options.add_session_config_entry("session.x64quantprecision", "1")  # exact on x86 CPUs without VNNI, too
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
-    return session, json.loads(metadata["edgecompress.preprocess"]), metadata["edgecompress.labels"].split(",")
+    return session, json.loads(metadata["edgecompress.preprocess"]), json.loads(metadata["edgecompress.labels"])
 
 
 def prepare(image, how):

@@ -28,7 +28,7 @@ def load(path="model.engine"):
         )
     said = record["metadata"]
     session = Session(trt, engine, Cuda(), record["batch"])
-    return session, json.loads(said["edgecompress.preprocess"]), said["edgecompress.labels"].split(",")
+    return session, json.loads(said["edgecompress.preprocess"]), json.loads(said["edgecompress.labels"])
 
 
 def prepare(image, how):

@@ -143,7 +143,7 @@ def test_tensorrt_snippet_reads_what_the_script_wrote(
     """On a fake TensorRT, whose class is the mean of the image."""
     model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], []))
     how = {"size": [2, 2], "mean": [0.0], "std": [0.3], "channels": "L"}
-    for key, value in {"preprocess": json.dumps(how), "labels": "black,dark,grey,white"}.items():
+    for key, value in {"preprocess": json.dumps(how), "labels": json.dumps(["black", "dark", "grey", "white"])}.items():
         model.metadata_props.append(onnx.StringStringEntryProto(key=f"edgecompress.{key}", value=value))
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     monkeypatch.setattr(build_on_device, "_load_cuda", FakeCudaLibrary)

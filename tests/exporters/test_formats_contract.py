@@ -236,7 +236,7 @@ def test_a_full_folder_for_temporary_files_is_one_sentence(source, tmp_path, mon
     def full(*arguments, **more):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("edgecompress.exporters.verify.tempfile.TemporaryDirectory", full)
+    monkeypatch.setattr("edgecompress.exporters.check_onnxruntime.tempfile.TemporaryDirectory", full)
     with pytest.raises(EdgeCompressError, match="The disk is full"):
         export(source, "onnxruntime", tmp_path)
     assert files(tmp_path) == []
