@@ -74,7 +74,8 @@ def operator_differences(
 
 def _difference(steps: NDArray[np.generic], before: Difference | None) -> Difference:
     distance = np.abs(steps)
-    share, largest = float((distance >= 1).mean()), float(distance.max())
+    count, largest = int((distance >= 1).sum()), float(distance.max())
+    share = count / distance.size if count > 1 else 0.0  # a single one is no share: of ten scores it would be a tenth
     if before is not None:
         largest, share = max(largest, before.steps), max(share, before.share)
     return Difference(largest, share)

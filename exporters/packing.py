@@ -77,17 +77,25 @@ def store(
         held: of the layers before, and then of this one too: the tables by which layers are unpacked stand in the file once.
     """
     held = {} if held is None else held
+    kinds = _kinds(values, bits, max_opset, unpack)
+    sizes = [_sharing(kind(values, bits, Names()), held).size_bytes for kind in kinds]
+    stored = _sharing(kinds[int(np.argmin(sizes))](values, bits, names), held)
+    held |= {content_of(table): table.name for table in stored.tables}
+    return stored
+
+
+def storages(values: Int8, bits: int, used: int, *, max_opset: int) -> list[Stored]:
+    """All that `store` chooses from, each with names as long as those after ``used`` others."""
+    return [kind(values, bits, Names(used=used)) for kind in _kinds(values, bits, max_opset, unpack=True)]
+
+
+def _kinds(values: Int8, bits: int, max_opset: int, unpack: bool) -> list[Callable[[Int8, int, Names], Stored]]:
     kinds: list[Callable[[Int8, int, Names], Stored]] = [_as_int8]
     if bits <= 4 and max_opset >= 21:
         kinds.append(_as_int4)
     if bits <= 2 and max_opset >= 25:
         kinds.append(_as_int2)
-    if unpack:
-        kinds += _unpacked(values, bits, max_opset)
-    sizes = [_sharing(kind(values, bits, Names()), held).size_bytes for kind in kinds]
-    stored = _sharing(kinds[int(np.argmin(sizes))](values, bits, names), held)
-    held |= {content_of(table): table.name for table in stored.tables}
-    return stored
+    return kinds + _unpacked(values, bits, max_opset) if unpack else kinds
 
 
 def _sharing(stored: Stored, held: Held) -> Stored:

@@ -17,6 +17,7 @@ from edgecompress.exporters.packing import (
     content_of,
     field_bytes,
     sparse_storage,
+    storages,
     store,
 )
 from edgecompress.quantize import QuantizedGraph, QuantizedWeight, Simulator
@@ -27,6 +28,8 @@ NAMES_PER_LAYER = 25  # in a file whose weights are unpacked; a layer at 8 bits 
 # Per output channel, by dialect: a bias of 4 bytes, and where channels have scales of their own the weight's; in the ``ort`` dialect
 # the bias' too.
 CHANNEL_BYTES = {("ort", "channel"): 12, ("ort", "tensor"): 4, ("trt", "channel"): 8, ("trt", "tensor"): 4}
+
+Part = tuple[int, dict[bytes, int]]  # bytes of its own, and of tables that layers share
 
 
 class PlannedSize:
@@ -103,12 +106,12 @@ class FileSize:
         # Names are as long as the last ones of a file of unpacking nodes: a budget that is spent to its last byte holds.
         self._used = NAMES_PER_LAYER * len(simulator.graph.layers)
         self._layers = {layer.name: layer for layer in simulator.graph.layers}
-        self._stored: dict[tuple[str, int], tuple[int, dict[bytes, int]]] = {}
+        self._stored: dict[tuple[str, int], list[Part]] = {}
         weights = {layer.name: simulator.weight(layer, 8) for layer in self._layers.values()}
         self._fixed = base_bytes - sum(_bytes_of_layers(weights, target).values())
 
-    def _of(self, layer: str, bits: int) -> tuple[int, dict[bytes, int]]:
-        """Bytes of one layer's weights in the file at most, unpacking nodes included, and those of tables that layers share.
+    def _of(self, layer: str, bits: int) -> list[Part]:
+        """Every way to store one layer's weights in the file, unpacking nodes included.
 
         Weights that only round to zero count as non-zero: training may move them, pruned ones stay zero.
         """
@@ -118,13 +121,17 @@ class FileSize:
             weight = self._simulator.weight(node, key[1])
             alive = (self._simulator.graph.constants[node.inputs[1]] != 0) & (weight.values == 0)
             values = weight.values + alive.astype(np.int8)
-            self._stored[key] = _apart(replace(weight, values=values), self._target, self._used)
+            self._stored[key] = _ways(replace(weight, values=values), self._target, self._used)
         return self._stored[key]
 
     def __call__(self, kernels: Sequence[Kernel], params: int) -> int:
-        layers = [self._of(kernel.layer.name, kernel.weight_bits) for kernel in kernels]
-        tables = {content: size for _, shared in layers for content, size in shared.items()}
-        weights = sum(own for own, _ in layers) + sum(tables.values())
+        weights, held = 0, set[bytes]()
+        for kernel in kernels:  # as `packing.store` chooses: what is smallest beside the layers before
+            ways = self._of(kernel.layer.name, kernel.weight_bits)
+            sizes = [own + sum(size for content, size in tables.items() if content not in held) for own, tables in ways]
+            best = min(range(len(ways)), key=lambda way: sizes[way])
+            weights += sizes[best]
+            held |= ways[best][1].keys()
         return self._fixed + weights + self._clips(kernels)
 
     def _clips(self, kernels: Sequence[Kernel]) -> int:
@@ -138,12 +145,17 @@ class FileSize:
         return CLIP_BYTES * len(clipped) + LIMIT_BYTES * 2 * len(set(clipped.values()))
 
 
-def _apart(weight: QuantizedWeight, target: Target, used: int) -> tuple[int, dict[bytes, int]]:
-    """Bytes of a layer's weights and nodes, and those of each table by its content."""
+def _ways(weight: QuantizedWeight, target: Target, used: int) -> list[Part]:
+    """Of every storage the bytes of weights and nodes, and those of each table by its content."""
     if target.dialect == "trt":  # TensorRT stores low-bit convolution weights as int8
-        return int(weight.values.size), {}
-    stored = store(weight.values, weight.bits, Names(used=used), max_opset=target.max_opset)
-    return field_bytes(*stored.nodes, *stored.weights), {content_of(t): field_bytes(t) for t in stored.tables}
+        return [(int(weight.values.size), {})]
+    return [
+        (
+            field_bytes(*stored.nodes, *stored.weights),
+            {content_of(table): field_bytes(table) for table in stored.tables},
+        )
+        for stored in storages(weight.values, weight.bits, used, max_opset=target.max_opset)
+    ]
 
 
 def _bytes_of_layers(weights: Mapping[str, QuantizedWeight], target: Target) -> dict[str, int]:

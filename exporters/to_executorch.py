@@ -42,12 +42,13 @@ class FloatNetwork(nn.Module):
     def __init__(self, graph: Graph, without: Collection[str] = ()) -> None:
         super().__init__()
         self._graph, self._names, self._numbers = graph, {}, {}
-        plain = {name for node in graph.nodes if node.op in ("Slice", "Reshape", "Clip") for name in node.inputs[1:]}
+        limits = {name for node in graph.nodes if node.op == "Clip" for name in node.inputs[1:]}
+        plain = limits | {name for node in graph.nodes if node.op in ("Slice", "Reshape") for name in node.inputs[1:]}
         for number, (name, value) in enumerate(float_constants(graph).items()):
             if name in without:
                 continue
             if name in plain:  # a buffer's numbers are data, on which the program must not depend
-                self._numbers[name] = value.tolist()
+                self._numbers[name] = value.item() if name in limits else value.reshape(-1).tolist()
                 continue
             self.register_buffer(f"constant{number}", value)
             self._names[name] = f"constant{number}"
