@@ -9,21 +9,34 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from cells import Cell, Cells
 from harness import RESULTS, Benchmark
 from prune_ablation import without_single_weights
-from prune_lab import BN_IMAGES, EPISODES, FOLDER, LEADERS, PARTS, Lab, fine_tuned, latency_from_table, run_search
-from prune_rows import BUDGETS, CONDITIONED, FIXED, METHODS, SEEDS, UNLIKE_COMPRESS, rows
+from prune_cost import early_stop, seconds_per_episode
+from prune_lab import EPISODES, FOLDER, LEADERS, PARTS, Lab, fine_tuned, latency_from_table, run_search
+from prune_rows import (
+    AGENT,
+    BUDGETS,
+    CONDITIONED,
+    FIXED,
+    METHODS,
+    SEEDS,
+    UNLIKE_COMPRESS,
+    finals,
+    finetune_name,
+    rows,
+)
 
+from edgecompress.episodes import RECALIBRATION_IMAGES
 from edgecompress.finetune import TrainSettings
 from edgecompress.spaces import Choice
 
-KINDS = ("search", "finetune", "conditioned", "reference_loop", "aware", "cost", "resnet56", "dropout")
+KINDS = ("search", "finetune", "conditioned", "reference_loop", "early_stop", "aware", "cost", "resnet56", "dropout")
 TUNING, TUNING_IMAGES = TrainSettings(epochs=3, learning_rate=0.02, batch_size=128), 10_000
 TUNING_56, TUNING_56_IMAGES = TrainSettings(epochs=8, learning_rate=0.02, batch_size=128), 30_000
 Job = tuple[str, str, Callable[[], Cell | None]]  # kind, name of the cell, what computes it (None: not possible yet)
@@ -50,26 +63,27 @@ def _search(lab: Lab, budget: str, method: str, seed: int, wanted: argparse.Name
 
 
 def finetune_cells(lab: Lab, known: dict[str, Cell]) -> Iterator[Job]:
-    """The distinct finals of all searches: uniform, AMC, then the best by their accuracy on select-val."""
-    found: dict[Choice, float] = {}
+    """Every search's final, trained with the seed of the search; a search without chance is trained with every seed.
+
+    Seed by seed: ours, the arms beside it by their accuracy on select-val, uniform; AMC, of which no figure after it is
+    asked for, at last.
+    """
+    found: dict[tuple[int, Choice], float] = {}
+    for budget in BUDGETS:
+        for method in METHODS:
+            first = {AGENT: 200.0, "uniform": 100.0, "amc": -100.0}.get(method, 0.0)
+            for seed, cell in finals(known, budget, method).items():
+                key = seed, tuple(cell["choice"])
+                found[key] = max(found.get(key, -200.0), cell["select"] + first)
     for name, cell in known.items():
-        kind, *where = name.split("/")
-        if kind == "search":
-            first = {"uniform": 200.0, "amc": 100.0}.get(where[1], 0.0) if where[2] == "0" else 0.0
-            found[tuple(cell["choice"])] = max(found.get(tuple(cell["choice"]), 0.0), cell["select"] + first)
-        if kind == "reference_loop":
-            found[tuple(cell["choice"])] = max(found.get(tuple(cell["choice"]), 0.0), cell["select"])
-    for choice in sorted(found, key=lambda choice: (-found[choice], choice)):
-        yield "finetune", finetune_name(choice), lambda choice=choice: _fine_tune(lab, choice)
+        if name.startswith("reference_loop/"):
+            found.setdefault((int(name.split("/")[1]), tuple(cell["choice"])), 300.0)
+    for seed, choice in sorted(found, key=lambda key: (key[0], -found[key], key[1])):
+        yield "finetune", finetune_name(choice, seed), lambda choice=choice, seed=seed: _fine_tune(lab, choice, seed)
 
 
-def finetune_name(choice: Choice | list[int]) -> str:
-    """The cell of a final policy; the same for every search that found it."""
-    return f"finetune/{'-'.join(map(str, choice))}"
-
-
-def _fine_tune(lab: Lab, choice: Choice) -> Cell:
-    model, _ = fine_tuned(lab, choice, TUNING, TUNING_IMAGES)
+def _fine_tune(lab: Lab, choice: Choice, seed: int) -> Cell:
+    model, _ = fine_tuned(lab, choice, replace(TUNING, seed=seed), TUNING_IMAGES)
     return {"test": round(100 * lab.measure(model, "test").accuracy, 3)}
 
 
@@ -90,9 +104,14 @@ def later_cells(lab: Lab, known: dict[str, Cell], wanted: argparse.Namespace) ->
             f"reference_loop/{seed}",
             lambda seed=seed: run_search(lab, "ddpg", BUDGETS[:1], seed, episodes=wanted.episodes, part="all"),
         )
+        yield (
+            "early_stop",
+            f"early_stop/{seed}",
+            lambda seed=seed: early_stop(lab, BUDGETS[0], "ddpg", seed, wanted.episodes),
+        )
         yield "aware", f"aware/{seed}", lambda seed=seed: _aware(lab, known, seed, wanted.episodes)
     if wanted.timed:
-        yield "cost", "cost", lambda: _seconds_per_episode(lab, known)
+        yield "cost", "cost", lambda: _cost(lab, known)
         yield "aware", "aware_times", lambda: _aware_times(lab, known)
     for seed in SEEDS[:3]:
         for ranked in ("with", "without", "frozen"):
@@ -173,32 +192,10 @@ def _measured_us(lab: Lab, choices: list[Choice], rounds: int = 7) -> list[float
     return [round(sorted(column)[rounds // 2], 1) for column in zip(*turns, strict=True)]
 
 
-def _seconds_per_episode(lab: Lab, known: dict[str, Cell], count: int = 6) -> Cell | None:
-    """The best policies of a search, timed in each way: the factors of fewer images and of the smaller network."""
-    names = (f"search/{BUDGETS[0]}/{method}/0" for method in ("ddpg", "gp", "netadapt"))
-    cell = next((known[name] for name in names if name in known), None)
-    if cell is None:
-        return None
-    choices = [tuple(choice) for choice, *_ in cell["leaders"]][:count]
-    for part in ("all", "search"):
-        lab.measure(lab.pruned(choices[0]), part)  # reads the images, warms up
-
-    def seconds(act: Callable[[Choice], object]) -> float:
-        start = time.perf_counter()
-        for choice in choices:
-            act(choice)
-        return round((time.perf_counter() - start) / len(choices), 4)
-
-    return {
-        "masked_5000_s": seconds(lambda choice: lab.measure(lab.masked(choice), "all")),
-        "masked_500_s": seconds(lambda choice: lab.measure(lab.masked(choice), "search")),
-        "pruned_500_s": seconds(lambda choice: lab.measure(lab.pruned(choice), "search")),
-        "masked_less_pruned": max(
-            abs(lab.measure(lab.masked(c), "search").accuracy - lab.measure(lab.pruned(c), "search").accuracy)
-            for c in choices[:2]
-        ),
-        "policies": len(choices),
-    }
+def _cost(lab: Lab, known: dict[str, Cell], count: int = 6) -> Cell | None:
+    """The best policies of a search, timed in each way."""
+    cell = known.get(f"search/{BUDGETS[0]}/ddpg/0")
+    return None if cell is None else seconds_per_episode(lab, [tuple(choice) for choice, *_ in cell["leaders"]][:count])
 
 
 def work(lab: Lab, cells: Cells, wanted: argparse.Namespace) -> None:
@@ -268,11 +265,11 @@ def main() -> None:
     bench.details["How it was run"] = {
         "evaluations a search": wanted.episodes,
         "held-out images": PARTS,
-        "BatchNorm re-estimation": f"{BN_IMAGES} augmented training images",
+        "BatchNorm re-estimation": f"{RECALIBRATION_IMAGES} augmented training images",
         "final of a search": f"of its {LEADERS} best on 'search' the one that diverges least from the checkpoint on 'search' "
         "and 'again' together, for all methods",
-        "fine-tuning": f"{TUNING.epochs} epochs of {TUNING_IMAGES} images, distillation, the same for all; each policy once, so "
-        "that the intervals after it hold no noise of training",
+        "fine-tuning": f"{TUNING.epochs} epochs of {TUNING_IMAGES} images, distillation, the same for all, with the seed of the "
+        "search; a search without chance is trained with every seed",
         "ResNet-56": f"{TUNING_56.epochs} epochs of {TUNING_56_IMAGES} images; its checkpoint has seen all training images, the "
         "held-out ones of the search too",
         "unlike compress": UNLIKE_COMPRESS,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -22,13 +23,17 @@ from cells import Cell
 from harness import ROOT
 from torch import Tensor, nn
 
+from edgecompress.agents import SB3_AGENTS
+from edgecompress.channel_sensitivity import channel_sensitivities
 from edgecompress.cost import CostModel, LatencyModel, count
 from edgecompress.data import Dataset
-from edgecompress.episodes import Batch, augmented
+from edgecompress.edges import with_edges
+from edgecompress.episodes import RECALIBRATION_IMAGES, SEARCH_IMAGES, Batch, augmented
 from edgecompress.fidelity import PRUNED, divergence
 from edgecompress.finetune import TrainSettings, trained_once
+from edgecompress.graph import build_graph
 from edgecompress.importance import l2_importance
-from edgecompress.prune import prune, reestimate_on
+from edgecompress.prune import pruner, reestimate_on
 from edgecompress.reward import accuracy_only
 from edgecompress.scoring import Scorer, top
 from edgecompress.search import SearchSettings, search, search_budgets
@@ -39,8 +44,7 @@ from edgecompress.trace import Traced, trace
 
 FOLDER = ROOT / "build" / "prune_cifar10"
 DIVISOR = 4
-PARTS = {"search": 500, "select": 2500, "again": 2000}  # of the 5,000 held-out images
-BN_IMAGES = 300
+PARTS = {"search": SEARCH_IMAGES, "select": 2500, "again": 1500}  # of the 5,000 held-out images
 BATCH = 100
 EPISODES = 200
 LEADERS = 10  # a search's best, measured again on `search` and `again` together before one is its final
@@ -72,13 +76,25 @@ class Lab:
 
     @cached_property
     def traced(self) -> Traced:
-        """Its layers and channel groups."""
-        return trace(self.model, (3, 32, 32), self.name)
+        """Its layers, channel groups, and what stands between the layers: all that `compress` prices."""
+        found = trace(self.model, (3, 32, 32), self.name)
+        return replace(found, network=with_edges(found.network, build_graph(self.model, (3, 32, 32), self.name)))
 
     @cached_property
     def scores(self) -> dict[str, Tensor]:
         """Importance of every channel, for all methods the same."""
         return l2_importance(self.model, self.traced)
+
+    @cached_property
+    def build(self) -> Callable[[CompressionPolicy], nn.Module]:
+        """A policy's network as `compress` builds it: channels cut, the layers behind them refitted by least squares."""
+        return pruner(self.model, self.traced, self.train_data)
+
+    @cached_property
+    def sensitivity(self) -> Mapping[str, float]:
+        """What an agent that learns sees of every group, as in `compress`."""
+        found = channel_sensitivities(self.model, self.traced, self.train_data).divergence
+        return {group: math.log10(value + 1e-6) for group, value in found.items()}
 
     @cached_property
     def groups(self) -> tuple[str, ...]:
@@ -105,7 +121,7 @@ class Lab:
     @cached_property
     def statistics(self) -> list[Batch]:
         """What BatchNorm statistics are taken from: augmented images, drawn once, the same for every policy."""
-        return list(augmented(self.train_data, round(BN_IMAGES * max(self.share, 0.2)), BATCH, seed=0))
+        return list(augmented(self.train_data, round(RECALIBRATION_IMAGES * max(self.share, 0.2)), BATCH, seed=0))
 
     @cached_property
     def key(self) -> str:
@@ -128,8 +144,10 @@ class Lab:
         return cifar10.normalised(pixels[self.rows[part]]), torch.from_numpy(labels[self.rows[part]])
 
     def pruned(self, choice: Choice) -> nn.Module:
-        """The smaller network, BatchNorm statistics taken anew."""
-        model = prune(self.model, self.traced, dict(zip(self.groups, choice, strict=True)), self.scores)
+        """The smaller network as an episode of `compress` measures it: refitted, BatchNorm statistics taken anew."""
+        model = self.build(
+            CompressionPolicy(model=self.name, keep_channels=dict(zip(self.groups, choice, strict=True)))
+        )
         model.to(memory_format=torch.channels_last)
         reestimate_on(model, self.statistics)
         return model.eval()
@@ -195,12 +213,52 @@ class Lab:
         """MACs, parameters, and latency in fp32 where there is a table."""
         return lambda policy: count(self.traced.network, policy, latency)
 
-    def space(self, budget: str, latency: LatencyModel | None = None) -> tuple[SearchSpace, Cost]:
-        """What may be chosen under a budget such as ``flops=0.5x``, and the original's cost."""
+    def space(
+        self, budget: str, latency: LatencyModel | None = None, *, sensitivities: bool = False
+    ) -> tuple[SearchSpace, Cost]:
+        """What may be chosen under a budget such as ``flops=0.5x``, and the original's cost.
+
+        ``sensitivities``: whether the state holds them.
+        """
         cost = self.cost_model(latency)
         original = cost(CompressionPolicy(model=self.name))
         limits = [Limit(b, b.absolute(original.metric(b.metric))) for b in parse_budgets(budget)]
-        return channel_space(self.traced.network, _target(), cost, limits, original, DIVISOR), original
+        known = self.sensitivity.__getitem__ if sensitivities else None
+        return channel_space(
+            self.traced.network, _target(), cost, limits, original, DIVISOR, sensitivity=known
+        ), original
+
+    def final(self, trials: list[Trial], part: str = "search") -> Cell:
+        """Of a search's `LEADERS` best the one that diverges least from the checkpoint on `search` and `again` together."""
+        leaders = top(trials, LEADERS)
+        again = {t.choice: self._on_both(t) if part == "search" else (t.believed, 100 * t.accuracy) for t in leaders}
+        chosen = max(leaders, key=lambda trial: again[trial.choice])
+        at = {
+            str(n): round(100 * max((t.accuracy for t in trials if t.episode < n), default=0.0), 2)
+            for n in (25, 50, 75, 100, 150, 200)
+        }
+        return {
+            "choice": list(chosen.choice),
+            "arm": chosen.arm,
+            "search": round(100 * chosen.accuracy, 2),
+            "again": round(again[chosen.choice][1], 3),
+            "select": round(100 * self.evaluations(chosen.choice, "select").accuracy, 3),
+            "macs": chosen.cost.macs,
+            "latency_us": None if chosen.cost.latency_us is None else round(chosen.cost.latency_us, 2),
+            "best_after": at,
+            "leaders": [
+                [list(t.choice), t.arm, round(100 * t.accuracy, 2), round(again[t.choice][1], 3)] for t in leaders
+            ],
+        }
+
+    def _on_both(self, trial: Trial) -> tuple[float, float]:
+        """What its divergence lets expect, and accuracy in percent, on `search` and `again` together."""
+        counts = {part: len(self.rows[part]) for part in ("search", "again")}
+        found = {part: self.evaluations(trial.choice, part) for part in counts}
+        believed = sum(count * found[part].believed for part, count in counts.items()) / sum(counts.values())
+        return believed, 100 * sum(count * found[part].accuracy for part, count in counts.items()) / sum(
+            counts.values()
+        )
 
 
 def _target() -> Target:
@@ -303,7 +361,7 @@ def run_search(
     The best ten of each budget are measured again on the images of `search` and `again`; the one that diverges least from
     the checkpoint there is the final, and only that one meets `select`. A search on another part than `search` takes its own best.
     """
-    built = [lab.space(budget, latency) for budget in budgets]
+    built = [lab.space(budget, latency, sensitivities=method in SB3_AGENTS) for budget in budgets]
     original = built[0][1]
     spaces = [built[0][0], *(replace(built[0][0], limits=space.limits) for space, _ in built[1:])]
     settings = SearchSettings(stage="prune", agent=method, episodes=episodes, seed=seed)
@@ -328,39 +386,10 @@ def run_search(
         "evaluations": lab.key,
         "code": code_version(),
     }
-    finals = [_final(lab, trials, part) for trials in found]
+    finals = [lab.final(trials, part) for trials in found]
     if len(budgets) == 1:
         return finals[0] | common
     return {"finals": dict(zip(budgets, finals, strict=True))} | common
-
-
-def _final(lab: Lab, trials: list[Trial], part: str) -> Cell:
-    leaders = top(trials, LEADERS)
-    again = {t.choice: _on_both(lab, t) if part == "search" else (t.believed, 100 * t.accuracy) for t in leaders}
-    chosen = max(leaders, key=lambda trial: again[trial.choice])
-    at = {
-        str(n): round(100 * max((t.accuracy for t in trials if t.episode < n), default=0.0), 2)
-        for n in (25, 50, 75, 100, 150, 200)
-    }
-    return {
-        "choice": list(chosen.choice),
-        "arm": chosen.arm,
-        "search": round(100 * chosen.accuracy, 2),
-        "again": round(again[chosen.choice][1], 3),
-        "select": round(100 * lab.evaluations(chosen.choice, "select").accuracy, 3),
-        "macs": chosen.cost.macs,
-        "latency_us": None if chosen.cost.latency_us is None else round(chosen.cost.latency_us, 2),
-        "best_after": at,
-        "leaders": [[list(t.choice), t.arm, round(100 * t.accuracy, 2), round(again[t.choice][1], 3)] for t in leaders],
-    }
-
-
-def _on_both(lab: Lab, trial: Trial) -> tuple[float, float]:
-    """What its divergence lets expect, and accuracy in percent, on `search` and `again` together."""
-    counts = {part: len(lab.rows[part]) for part in ("search", "again")}
-    found = {part: lab.evaluations(trial.choice, part) for part in counts}
-    believed = sum(count * found[part].believed for part, count in counts.items()) / sum(counts.values())
-    return believed, 100 * sum(count * found[part].accuracy for part, count in counts.items()) / sum(counts.values())
 
 
 def fine_tuned(lab: Lab, choice: Choice | None, settings: TrainSettings, images: int) -> tuple[nn.Module, Path]:

@@ -74,9 +74,10 @@ class UniformAgent:
 
 
 class OffPolicyAgent:
-    """DDPG, TD3 or SAC of Stable-Baselines3 with hidden layers 128-128, Adam 1e-4 / 1e-3, batch 64, no discount.
+    """DDPG, TD3 or SAC of Stable-Baselines3 with two hidden layers, Adam 1e-4 / 1e-3, batch 64, no discount.
 
     Args:
+        hidden: units of each hidden layer.
         warmup: episodes of near-uniform random wishes before the actor is asked.
         floor: truncated normal exploration noise is ``max(0.5 * 0.95**n, floor)`` in wish units; without the floor half of
             all episodes repeat a policy.
@@ -95,6 +96,7 @@ class OffPolicyAgent:
         floor: float = 0.08,
         bootstrap: bool = False,
         episodes: int = 100,
+        hidden: int = 128,
     ) -> None:
         import stable_baselines3
 
@@ -114,7 +116,7 @@ class OffPolicyAgent:
             gamma=1.0,
             **({"tau": 0.01} if bootstrap else {}),
             seed=seed,
-            policy_kwargs={"net_arch": [128, 128]},
+            policy_kwargs={"net_arch": [hidden, hidden]},
             replay_buffer_class=_episode_buffer(),
             replay_buffer_kwargs={"seed": seed, "moving": bootstrap},
             buffer_size=episodes * steps,
@@ -273,7 +275,8 @@ def make_agent(name: str, env: PolicyEnv, seed: int) -> Agent:
 
 
 def published_agent(env: PolicyEnv, seed: int) -> OffPolicyAgent:
-    """AMC's agent (He et al. 2018 and its code): 50 random episodes, then noise 0.5 * 0.95**n without a floor."""
-    agent = OffPolicyAgent("ddpg", env, seed, warmup=50, floor=0.0, bootstrap=True)
+    """AMC's agent (He et al. 2018 and its code): hidden layers 300-300, 50 random episodes, then noise 0.5 * 0.95**n without
+    a floor."""
+    agent = OffPolicyAgent("ddpg", env, seed, warmup=50, floor=0.0, bootstrap=True, hidden=300)
     agent._warmup = UniformAgent(seed + 1)
     return agent
