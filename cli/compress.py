@@ -117,6 +117,10 @@ from edgecompress.cli.flags import switch
 )
 @click.option("--learning-rate", type=float, default=0.02, show_default=True, help="Peak rate of the recovery.")
 @click.option(
+    "--ema", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True, metavar="DECAY",
+    help="Average the weights over the steps of every training, 0.999 for example; 0 takes the last ones.",
+)  # fmt: skip
+@click.option(
     "--batch-size", type=click.IntRange(min=2), default=64, show_default=True, help="Images per step of the training."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides everything that is random.")

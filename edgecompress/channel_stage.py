@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import nn
 
 from edgecompress.agents import SB3_AGENTS
@@ -18,19 +20,22 @@ from edgecompress.cost import CostModel
 from edgecompress.episodes import Episodes, missing_classes
 from edgecompress.errors import BadModelError, DivergedError
 from edgecompress.fidelity import PRUNED
+from edgecompress.files import read_document, write_document
 from edgecompress.finetune import train
-from edgecompress.job import Job, pruner_of, remeasured, searched, train_settings
+from edgecompress.job import Job, checkpoint_of, pruner_of, remeasured, searched, train_settings
 from edgecompress.judge import Judge
 from edgecompress.recover import hold_zeros
 from edgecompress.runs import RunFolder
 from edgecompress.spaces import SearchSpace
 from edgecompress.spec import (
     CompressionPolicy,
+    Document,
     Trial,
 )
 from edgecompress.stage_spaces import ELEMENTS, channel_space
 
 SHORT_EPOCHS = 2
+Build = Callable[[CompressionPolicy], nn.Module]
 
 
 def prune_stage(job: Job, cost: CostModel) -> tuple[CompressionPolicy, str]:
@@ -55,7 +60,7 @@ def prune_stage(job: Job, cost: CostModel) -> tuple[CompressionPolicy, str]:
     judge = Judge(job.data, job.both_val, job.original, PRUNED, job.config.device)
     finalists = remeasured(trials, judge, lambda trial: build(space.to_policy(trial.choice)))[:3]
     job.progress.stage("Fine-tune the finalists", len(finalists) * SHORT_EPOCHS)
-    chosen = _best_after_training(job, finalists, lambda trial: build(space.to_policy(trial.choice)))
+    chosen = _best_after_training(job, space, finalists, build)
     policy = space.to_policy(chosen.choice)
     if job.config.max_accuracy_drop is not None:
         policy = _tightened(job, space, chosen, build)
@@ -108,7 +113,7 @@ def _single_weights_are_needed(space: SearchSpace) -> bool:
     return not space.fits(others.project(np.ones(len(space.levels))))
 
 
-def _best_after_training(job: Job, finalists: Sequence[Trial], build: Callable[[Trial], nn.Module]) -> Trial:
+def _best_after_training(job: Job, space: SearchSpace, finalists: Sequence[Trial], build: Build) -> Trial:
     """The finalist that does best after a short recovery; one whose training diverges is left out.
 
     Raises:
@@ -117,7 +122,7 @@ def _best_after_training(job: Job, finalists: Sequence[Trial], build: Callable[[
     scored: list[tuple[float, float, Trial]] = []
     for trial in finalists:
         try:
-            accuracy, loss = _short_finetune(job, build(trial))
+            accuracy, loss = _short_finetune(job, space.to_policy(trial.choice), build)
         except DivergedError as error:
             if trial is finalists[-1] and not scored:
                 raise
@@ -127,17 +132,31 @@ def _best_after_training(job: Job, finalists: Sequence[Trial], build: Callable[[
     return max(scored, key=lambda found: found[:2])[2]
 
 
-def _short_finetune(job: Job, model: nn.Module) -> tuple[float, float]:
-    """Accuracy and loss on select-val after a short recovery."""
-    settings = train_settings(job, SHORT_EPOCHS)
-    hold_zeros(model)
-    train(model, job.data, settings, teacher=job.original, on_epoch=job.progress.epoch)
-    return job.measure(model, job.data.select_val)
+class Recovered(Document):
+    """Accuracy and loss on select-val after a short recovery, by policy: a run that goes on does not train it again."""
+
+    found: dict[str, tuple[float, float]] = Field(default_factory=dict)
 
 
-def _tightened(
-    job: Job, space: SearchSpace, chosen: Trial, build: Callable[[CompressionPolicy], nn.Module]
-) -> CompressionPolicy:
+def _short_finetune(job: Job, policy: CompressionPolicy, build: Build) -> tuple[float, float]:
+    """Accuracy and loss on select-val after a short recovery; interrupted, it goes on after its last epoch."""
+    kept = job.run.file("short_finetunes.json")
+    recovered = read_document(kept, Recovered, "short fine-tunes") if kept.exists() else Recovered()
+    key = hashlib.sha256(policy.model_dump_json().encode()).hexdigest()[:16]
+    if key not in recovered.found:
+        model, checkpoint = build(policy), checkpoint_of(job, f"short-{key}")
+        hold_zeros(model)
+        train(
+            model, job.data, train_settings(job, SHORT_EPOCHS), teacher=job.original, checkpoint=checkpoint,
+            on_epoch=job.progress.epoch,
+        )  # fmt: skip
+        recovered = Recovered(found=recovered.found | {key: job.measure(model, job.data.select_val)})
+        write_document(kept, recovered)
+        checkpoint.unlink(missing_ok=True)  # of a large network it is large, and there are up to a dozen
+    return recovered.found[key]
+
+
+def _tightened(job: Job, space: SearchSpace, chosen: Trial, build: Build) -> CompressionPolicy:
     """The cheapest policy found that keeps the accuracy drop: shrink every limit by 15 % while a short fine-tune holds it."""
     assert job.config.max_accuracy_drop is not None
     wanted = job.measure(job.original, job.data.select_val)[0] - job.config.max_accuracy_drop / 100
@@ -148,7 +167,7 @@ def _tightened(
         if not tighter.fits(tighter.smallest):
             break
         candidate = tighter.to_policy(tighter.project(space.wishes(chosen.choice)))
-        accuracy, _ = _short_finetune(job, build(candidate))
+        accuracy, _ = _short_finetune(job, candidate, build)
         score = job.data.task.about
         job.progress.note(
             f"cheaper by {1 - 0.85**step:.0%}: select-val {score.name} {score.text(accuracy)} (wanted {score.text(wanted)})"

@@ -67,7 +67,7 @@ def train(
         teacher: the original network; its outputs are distilled.
         penalty: progress in [0, 1] -> a loss to add (the KL of the variational phase).
         noise: parameters of ``model`` on a logarithmic scale, trained by Adam so that one that nothing holds travels ten
-            units; they take no part in momentum, decay, clipping or checkpoints.
+            units; they take no part in momentum, decay or clipping.
         checkpoint: written after every epoch and read at the start, so that an interrupted run goes on to the same result.
         on_epoch: told the epoch, their number and the mean loss.
 
@@ -108,7 +108,7 @@ def _trained(  # noqa: PLR0913 (what `train` was called with)
     precision = precision_on(device, settings.precision)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     decide = {key: value for key, value in settings.__dict__.items() if key != "device"}
-    state = TrainingState(model, optimizer, average, scaler, {**decide, "precision": precision})
+    state = TrainingState(model, optimizer, average, scaler, {**decide, "precision": precision}, adam)
     done = state.restore(checkpoint)
     if teacher is not None:
         teacher.eval()

@@ -120,6 +120,7 @@ def train_settings(job: Job, epochs: int, rate: float = 1.0) -> TrainSettings:
         batch_size=job.config.batch_size,
         distill=TrainSettings.distill if job.data.labelled else 1.0,
         seed=job.config.seed,
+        ema=job.config.ema,
         device=job.config.device,
     )
 

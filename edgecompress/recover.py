@@ -51,12 +51,12 @@ def learn_noise(job: Job, model: nn.Module) -> tuple[nn.Module, WeightNoise]:
     noisy, layers = with_noise(model)
     job.progress.stage("Learn the noise of units and weights", epochs)
     train(
-        noisy, job.data, replace(train_settings(job, epochs), weight_decay=0.0), teacher=job.original,
+        noisy, job.data, replace(train_settings(job, epochs), weight_decay=0.0, ema=0.0), teacher=job.original,
         penalty=lambda progress: kl_penalty(
             layers, len(job.data.train), weight_scale=0.05, unit_scale=1e-4, progress=progress
         ),
         noise=[parameter for layer in layers.values() for parameter in layer.noise_parameters],
-        on_epoch=job.progress.epoch,
+        checkpoint=checkpoint_of(job, "noise"), on_epoch=job.progress.epoch,
     )  # fmt: skip
     plain = without_noise(noisy)
     refresh_batchnorm(plain, job.data, seed=job.config.seed)

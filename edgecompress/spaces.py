@@ -178,11 +178,11 @@ class SearchSpace:
 
     @cached_property
     def relief(self) -> NDArray[np.float32]:
-        """``[steps, width]``: the share of all that single actions can save which this one saves, of the first limit's metric."""
-        metric: Metric = self.limits[0].budget.metric if self.limits else "flops"
-        full = self.price(self.largest).metric(metric)
-        saved = np.array([max(full - cost.metric(metric), 0.0) for cost in self._alone])
-        shares = saved / max(saved.sum(), 1e-9)
+        """``[steps, width]``: the share of all that single actions can save which this one saves, mean over the limits' metrics."""
+        metrics: list[Metric] = list(dict.fromkeys(limit.budget.metric for limit in self.limits)) or ["flops"]
+        full = self.price(self.largest)
+        saved = np.array([[max(full.metric(m) - cost.metric(m), 0.0) for cost in self._alone] for m in metrics])
+        shares = (saved / np.maximum(saved.sum(1, keepdims=True), 1e-9)).mean(0)
         return np.array([[shares[i] for i in step] for step in self.steps], np.float32)
 
     @cached_property

@@ -68,6 +68,7 @@ class TrainingState:
     """All that a training changes. ``settings`` decide it: a checkpoint of others is not used.
 
     scaler: keeps float16's gradients from vanishing (Micikevicius et al. 2018, section 3.2); switched off otherwise.
+    adam: of parameters that are trained apart; None where there are none.
     """
 
     model: nn.Module
@@ -75,6 +76,7 @@ class TrainingState:
     average: Average
     scaler: torch.amp.GradScaler
     settings: Mapping[str, object]
+    adam: torch.optim.Optimizer | None = None
 
     def save(self, path: Path | None, epoch: int) -> None:
         """Write everything after ``epoch`` epochs, in one piece; None writes nothing."""
@@ -86,6 +88,8 @@ class TrainingState:
         for index, state in self.optimizer.state_dict()["state"].items():
             if state.get("momentum_buffer") is not None:
                 tensors[f"momentum.{index}"] = state["momentum_buffer"].contiguous()
+        for index, state in (self.adam.state_dict()["state"] if self.adam else {}).items():
+            tensors |= {f"adam.{index}.{name}": value.contiguous() for name, value in state.items()}
         tensors |= {f"ema.{key}": value.contiguous() for key, value in self.average.state.items()}
         metadata = {
             "epoch": str(epoch),
@@ -123,6 +127,13 @@ class TrainingState:
             int(index): {"momentum_buffer": value} for index, value in _named("momentum.", tensors).items()
         }
         self.optimizer.load_state_dict(state)
+        if self.adam is not None:
+            state = self.adam.state_dict()
+            state["state"] = {}
+            for key, value in _named("adam.", tensors).items():
+                index, name = key.split(".")
+                state["state"].setdefault(int(index), {})[name] = value
+            self.adam.load_state_dict(state)
         self.average.steps = int(metadata["ema_steps"])
         for key, value in self.average.state.items():
             value.copy_(tensors[f"ema.{key}"])

@@ -326,9 +326,23 @@ def test_state_tells_the_sensitivity_the_latency_and_how_tight_the_budget_is(net
         return PolicyEnv(space, lambda choice: 0.0).observations(space.largest)
 
     plain = state("flops=0.5x")
+    blind = count(network, FLOAT)
+    without = channel_space(
+        network, TARGET, lambda policy: count(network, policy), [Limit(b, b.absolute(blind.metric("flops"))) for b in
+        parse_budgets("flops=0.5x")], blind, 4,
+    )  # fmt: skip
+    latency = plain - PolicyEnv(without, lambda choice: 0.0).observations(without.largest)
+    assert (latency != 0).any(0).sum() == 1  # one number of the state
     assert not np.allclose(plain, state("flops=0.4x"))
     assert not np.allclose(plain, state("flops=0.5x", sensitivity=lambda group: float(group == most)))
     assert plain.shape[0] == len(network.prunable_groups) + 1 and plain.min() >= 0 and plain.max() <= 1
+
+
+def test_relief_is_shared_by_all_budgets(networks):
+    network = networks["residual"]
+    flops, params, both = (channels(network, budget, 4).relief for budget in (
+        "flops=0.5x", "params=0.5x", "flops=0.5x,params=0.5x"))  # fmt: skip
+    assert not np.allclose(flops, params) and np.allclose(both, (flops + params) / 2)
 
 
 def test_inner_only_keeps_the_widths_that_layers_share(networks):

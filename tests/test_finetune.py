@@ -12,6 +12,7 @@ from torch import nn
 from edgecompress.errors import EdgeCompressError, UnknownNameError
 from edgecompress.finetune import TrainSettings, _schedule, accuracy_and_loss, reference_model, train
 from edgecompress.training_state import precision_on
+from edgecompress.variational import kl_penalty, with_noise
 
 SETTINGS = TrainSettings(epochs=4, learning_rate=0.05, batch_size=16, distill=0.0)
 
@@ -109,6 +110,33 @@ def test_interrupted_training_goes_on_to_the_same_weights(data, trained, tmp_pat
     assert epochs == [(epoch, 4) for epoch in range(stop_after + 1, 5)]
     finished = train(fresh(6), data, SETTINGS, checkpoint=path, on_epoch=lambda e, n, loss: epochs.append((e, n)))
     assert same(finished, trained) and len(epochs) == 4 - stop_after
+
+
+def test_interrupted_training_of_noise_goes_on_to_the_same_weights_and_noise(data, tmp_path):
+    """Adam's moments and the noise itself are in the checkpoint."""
+    settings = replace(SETTINGS, weight_decay=0.0)
+
+    class Killed(Exception):
+        pass
+
+    def learned(stop_after: int = 99, seed: int = 0) -> torch.nn.Module:
+        def kill(epoch: int, epochs: int, loss: float) -> None:
+            if epoch == stop_after:
+                raise Killed
+
+        noisy, layers = with_noise(fresh(seed))
+        noise = [parameter for layer in layers.values() for parameter in layer.noise_parameters]
+        return train(
+            noisy, data, settings, noise=noise, on_epoch=kill, checkpoint=path,
+            penalty=lambda progress: kl_penalty(layers, 100, weight_scale=0.05, unit_scale=1e-4, progress=progress),
+        )  # fmt: skip
+
+    path = tmp_path / "whole.safetensors"
+    whole = learned()
+    path = tmp_path / "killed.safetensors"
+    with pytest.raises(Killed):
+        learned(stop_after=2)
+    assert same(learned(seed=5), whole)
 
 
 def test_checkpoint_of_other_settings_is_not_used(data, trained, tmp_path):
