@@ -2,8 +2,8 @@
 
 Dyna (Sutton 1990) in the form of MBPO (Janner et al. 2019): the model, here a Gaussian process over all trials, answers
 for the one thing that is expensive, and the cost of a policy is exact. What the actor writes, a share of mutations of the
-best, and what these become in a short evolution inside the model stand for election; the one of highest expected improvement
-is evaluated.
+best, what these become in a short evolution inside the model, and exchanges between two actions of the best of them stand for
+election; the one of highest expected improvement is evaluated.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgecompress.accuracy_model import AccuracyModel, expected_improvement
 from edgecompress.agents import OffPolicyAgent, RandomAgent
 from edgecompress.envs import PolicyEnv, observed
-from edgecompress.mutations import PARENTS, changed
+from edgecompress.mutations import PARENTS, changed, exchanged
 from edgecompress.scoring import Scorer, SearchSettings, top
 from edgecompress.spaces import Choice, SearchSpace
 from edgecompress.spec import Cost, Trial
@@ -29,6 +29,7 @@ NOISE = (0.02, 0.3)  # standard deviation of an episode's exploration, in wishes
 BATCH = 2  # policies evaluated between two rounds of imagination
 REFINEMENTS = 3  # generations of that evolution: each mutates the best `PARENTS` candidates `CHILDREN` times
 CHILDREN = 4
+CLIMBS, NEIGHBOURS = 6, 48  # steps by exchange from the best candidate, and candidates looked at in each
 MEMORY = 400  # episodes that the replay holds
 _IDLE = 10  # elections in a row of nothing new: six rounds of a few dozen policies each
 
@@ -88,13 +89,25 @@ class Imagination:
         return self._elected(written, trials)
 
     def _refine(self, written: dict[Choice, str], which: int, trials: Sequence[Trial]) -> None:
-        """Add mutations of the candidates of highest expected improvement, generation by generation."""
+        """Add mutations of the candidates of highest expected improvement, generation by generation; then climb from the best
+        of them by exchanges between two actions, which a random change of many seldom hits."""
         space = self.spaces[which]
         for _ in range(REFINEMENTS):
             fresh = [choice for choice in written if choice not in self.scorer.trials]
             for place in np.argsort(-self._gains(fresh, trials), kind="stable")[:PARENTS] if fresh else ():
                 for _ in range(CHILDREN):
                     written.setdefault(changed(space, fresh[int(place)], self._random), "mutation")
+        fresh = [choice for choice in written if choice not in self.scorer.trials]
+        gains = self._gains(fresh, trials) if fresh else np.zeros(0)
+        for _ in range(CLIMBS if fresh else 0):
+            near = exchanged(space, fresh[int(np.argmax(gains))], self._random, NEIGHBOURS)
+            near = [choice for choice in near if choice not in written and choice not in self.scorer.trials]
+            if not near:
+                return
+            written |= dict.fromkeys(near, "exchange")
+            best, gains, fresh = float(gains.max()), self._gains(near, trials), near
+            if float(gains.max()) <= best:
+                return
 
     def _gains(self, choices: Sequence[Choice], trials: Sequence[Trial]) -> Floats:
         """Expected improvement on the highest mean that the model gives to an evaluated policy."""
@@ -117,8 +130,12 @@ class Imagination:
         fresh = [choice for choice in written if choice not in self.scorer.trials] or list(written)
         elected: list[tuple[Choice, str]] = []
         while fresh and len(elected) < min(BATCH, max(self.scorer.left, 1)):
-            own = self._rounds % 2 == 0 and len(elected) == BATCH - 1 and all(arm == "mutation" for _, arm in elected)
-            able = [choice for choice in fresh if not own or written[choice] != "mutation"] or fresh
+            own = (
+                self._rounds % 2 == 0
+                and len(elected) == BATCH - 1
+                and all(arm != self.settings.agent for _, arm in elected)
+            )
+            able = [choice for choice in fresh if not own or written[choice] == self.settings.agent] or fresh
             chosen = able[int(np.argmax(self._gains(able, trials)))]
             fresh.remove(chosen)
             elected.append((chosen, written[chosen]))

@@ -21,6 +21,26 @@ def mutated(space: SearchSpace, scorer: Scorer, random: np.random.Generator) -> 
     return choice
 
 
+def exchanged(space: SearchSpace, choice: Choice, random: np.random.Generator, count: int) -> list[Choice]:
+    """At most ``count`` neighbours of ``choice``: one bound action a level up, another as far down as the budgets then ask
+    for, and what that leaves spent. Which pairs, where there are more, is drawn."""
+    bound = sorted(space.bound)
+    pairs = [(up, down) for up in bound for down in bound if up != down]
+    found: dict[Choice, None] = {}
+    for place in random.permutation(len(pairs))[:count]:
+        up, down = pairs[int(place)]
+        candidate = space.raised(choice, up)
+        while candidate != choice and not space.fits(candidate):
+            lowered = space.raised(candidate, down, -1)
+            if lowered == candidate:
+                break
+            candidate = lowered
+        if candidate != choice and space.fits(candidate):
+            found.setdefault(space.fill(candidate, np.array([levels[-1] for levels in space.levels], float)))
+    found.pop(choice, None)
+    return list(found)
+
+
 def changed(space: SearchSpace, parent: Choice, random: np.random.Generator) -> Choice:
     """``parent`` with about a third of its wishes moved by ``N(0, 0.15)``, projected."""
     wishes = space.wishes(parent)
