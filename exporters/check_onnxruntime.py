@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
+from onnx import TensorProto
 
 from edgecompress.exporters.emulate import emulate, float_islands, runs_in_integers
 from edgecompress.exporters.onnx_writing import IR_VERSIONS
@@ -45,10 +46,25 @@ def optimised(model: bytes) -> onnx.ModelProto:
 
 def operators_of(model: onnx.ModelProto) -> Counter[str]:
     """Operators of an optimised graph, counted; a MaxPool counts only where it pools integers."""
-    floating = {output for node in model.graph.node if node.op_type == "DequantizeLinear" for output in node.output}
-    return Counter(
-        node.op_type for node in model.graph.node if node.op_type != "MaxPool" or node.input[0] not in floating
-    )
+    integers = _integer_values(model.graph)
+    return Counter(node.op_type for node in model.graph.node if node.op_type != "MaxPool" or node.input[0] in integers)
+
+
+def _integer_values(graph: onnx.GraphProto) -> set[str]:
+    """Values of 8 bits. ONNX Runtime writes no types, but all operators yield what they read, apart from those named here."""
+    eight = (TensorProto.UINT8, TensorProto.INT8)
+    found = {value.name for value in graph.input if value.type.tensor_type.elem_type in eight}
+    for node in graph.node:
+        if node.op_type in ("DequantizeLinear", "Cast"):
+            continue
+        if node.op_type == "QGemm":
+            integer = len(node.input) > 8 and bool(node.input[8])  # without a zero point for its result that is float
+        else:
+            quantises = node.op_type == "QuantizeLinear" or node.op_type.startswith("QLinear")
+            integer = quantises or (bool(node.input) and node.input[0] in found)
+        if integer:
+            found.update(node.output)
+    return found
 
 
 def fusion_report(quantized: QuantizedGraph, operators: Mapping[str, int]) -> tuple[str, str]:
