@@ -26,7 +26,7 @@ from edgecompress.exporters.runners import OnnxRuntimeRunner, has_vnni, is_x86
 from edgecompress.exporters.source import ExportSource
 from edgecompress.exporters.to_onnx import float_model
 from edgecompress.exporters.to_onnxruntime import integer_model
-from edgecompress.exporters.verify import Checks, agreement
+from edgecompress.exporters.verify import Checks, agreement, check_shapes
 from edgecompress.files import file_sha256, sha256
 from edgecompress.graph import build_graph
 from edgecompress.interpret import float_constants, run
@@ -199,6 +199,11 @@ def test_proof_notices_a_policy_that_was_not_built(source, tmp_path):
     other = source.policy.model_copy(update={"keep_channels": source.policy.keep_channels | {group.id: group.width}})
     with pytest.raises(GoalMissedError, match="the policy says"):
         export(replace(source, policy=other), "onnx", tmp_path)
+    assert check_shapes(source.graph, source.network, source.policy).values["shapes_match_policy"] is True
+    last = source.graph.layers[-1]  # a single one, with no right one behind it
+    constants = {**source.graph.constants, last.inputs[1]: source.graph.constants[last.inputs[1]][:-1]}
+    checks = check_shapes(replace(source.graph, constants=constants), source.network, source.policy)
+    assert len(checks.failures) == 1 and checks.values["shapes_match_policy"] is False
 
 
 @pytest.mark.parametrize("name", NAMES)
