@@ -16,6 +16,8 @@ from edgecompress.errors import BadModelError
 from edgecompress.exporters import to_tensorrt
 from edgecompress.exporters.check_onnxruntime import FLOAT_OPS, check_ort, fusion_report, operators_of, optimised
 from edgecompress.exporters.emulate import emulate, float_islands
+from edgecompress.exporters.onnx_writing import Names
+from edgecompress.exporters.packing import Held, store
 from edgecompress.exporters.quantized_file import load_quantized, save_graph, save_quantized
 from edgecompress.exporters.runners import OnnxRuntimeRunner, is_x86
 from edgecompress.exporters.saturation import without_saturation
@@ -202,6 +204,53 @@ def test_file_size_of_pruned_weights_is_an_upper_bound_that_training_cannot_brea
     }
     trained, file = written(replace(quantized, weights=moved), device), written(quantized, device)
     assert file < trained <= believed <= 1.02 * trained and believed <= 1.08 * file
+
+
+@pytest.mark.parametrize("zeros", [0.5, 0.85])
+@pytest.mark.parametrize("name", ["residual", "concat", "dense", "resnet8"])
+def test_file_size_of_sparse_layers_between_dense_ones_of_few_bits_is_never_too_small(name, zeros):
+    """Layers share the tables that unpack them, so that each is stored as is smallest beside those before it. The BatchNorms
+    that stand alone in ``dense`` are none of the network's own layers: no policy names them."""
+    case, device = integer_case(name), target_by_name("x86")
+    network, seen = trace(case.model, tuple(case.images.shape[1:]), name).network, set[str]()
+    for seed in range(4 if name == "resnet8" else 12):
+        generator = np.random.default_rng(seed)
+        constants = dict(case.graph.constants)
+        for number, layer in enumerate(case.graph.layers):
+            shape = constants[layer.inputs[1]].shape  # of the weights that stay none rounds to zero, whatever its bits
+            weight = generator.uniform(0.7, 1, shape) * generator.choice((-0.1, 0.1), shape)
+            kept = generator.random(shape) >= (zeros if (number + seed) % 2 else 0)
+            constants[layer.inputs[1]] = (weight * kept).astype(np.float32)
+        simulator = Simulator(replace(case.graph, constants=constants), case.simulator.calibration)
+        size = FileSize(simulator, written(all_eight(simulator), device), device)
+        bits = generator.integers(5 if seed % 2 else 2, 8, len(network.layers))
+        choices = {
+            layer.name: LayerChoice(weight_bits=int(few), activation_bits=8)
+            for layer, few in zip(network.layers, bits, strict=True)
+        }
+        quantized = simulator.quantized(choices)
+        believed, file = (
+            size(kernels(network, CompressionPolicy(model="", layers=choices)), 0),
+            written(quantized, device),
+        )
+        assert file <= believed <= 1.002 * file + 64
+        seen |= kinds_of(quantized, device)
+    assert {"sparse", "dense", "int"} <= seen or name != "resnet8"
+
+
+def all_eight(simulator: Simulator) -> QuantizedGraph:
+    choice = LayerChoice(weight_bits=8, activation_bits=8)
+    return simulator.quantized({layer.name: choice for layer in simulator.graph.layers})
+
+
+def kinds_of(quantized: QuantizedGraph, target: Target) -> set[str]:
+    """How layers are stored, as `packing.store` calls it, without the number of bits."""
+    names, held = Names(), Held()
+    stored = (
+        store(weight.values, weight.bits, names, max_opset=target.max_opset, held=held)
+        for weight in quantized.weights.values()
+    )
+    return {found.kind.rstrip("0123456789") for found in stored}
 
 
 def written(quantized: QuantizedGraph, target: Target) -> int:
