@@ -41,7 +41,12 @@ if TYPE_CHECKING:
     help="What the file answers: scores, probabilities or the number of the class.",
 )
 @click.option("--batch", help="Images per call: a number, or 'dynamic'. Default: dynamic, for tensorrt 1.")
-@click.option("--max-opset", type=int, help="Highest ONNX opset, 15 to 25; below 25 two bits are stored as four.")
+@click.option(
+    "--max-opset",
+    type=int,
+    help="Highest ONNX opset, 15 to 25; below 25 two bits are stored as four. The float file (onnx) is written in it, up to the "
+    "target's own; without it in 17 at most.",
+)
 @click.option(
     "--saturating-cpu", is_flag=True, help="Weights of at most 7 bits: exact and fast on x86 without VNNI (AVX2 only)."
 )

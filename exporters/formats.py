@@ -125,7 +125,8 @@ class DirectExporter:
 
 
 def _write_onnx(source: ExportSource) -> onnx.ModelProto:
-    opset = source.interface.opset(min(BASE_OPSET, source.target.max_opset))
+    # Nothing in it needs a later opset than the base: a higher one is written, within the target's, for who asks for it.
+    opset = min(source.interface.max_opset or BASE_OPSET, source.target.max_opset)
     batch = source.interface.batch_or(None)
     return float_model(source.graph, opset=opset, batch=batch, metadata=source.metadata | source.facts)
 

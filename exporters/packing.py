@@ -7,7 +7,7 @@ it still loads quickly.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -78,15 +78,31 @@ def store(
     """
     held = {} if held is None else held
     kinds = _kinds(values, bits, max_opset, unpack)
-    sizes = [_sharing(kind(values, bits, Names()), held).size_bytes for kind in kinds]
+    sizes = [bytes_beside(bytes_of(kind(values, bits, Names())), held) for kind in kinds]
     stored = _sharing(kinds[int(np.argmin(sizes))](values, bits, names), held)
     held |= {content_of(table): table.name for table in stored.tables}
     return stored
 
 
 def storages(values: Int8, bits: int, used: int, *, max_opset: int) -> list[Stored]:
-    """All that `store` chooses from, each with names as long as those after ``used`` others."""
+    """All that `store` chooses from, each with names as long as those after ``used`` others; it compares them with the shortest."""
     return [kind(values, bits, Names(used=used)) for kind in _kinds(values, bits, max_opset, unpack=True)]
+
+
+Part = tuple[int, tuple[tuple[bytes, int], ...]]  # bytes of nodes and weights, and of every table with its content
+
+
+def bytes_of(stored: Stored) -> Part:
+    """Bytes of a storage, those of tables apart: layers may share them."""
+    tables = tuple((content_of(table), field_bytes(table)) for table in stored.tables)
+    return field_bytes(*stored.nodes, *stored.weights), tables
+
+
+def bytes_beside(part: Part, held: Container[bytes]) -> int:
+    """Bytes in a file that has the tables of ``held`` already. How long their names are there does not count: `sizes` must
+    come to the same choice without the file."""
+    own, tables = part
+    return own + sum(size for content, size in tables if content not in held)
 
 
 def _kinds(values: Int8, bits: int, max_opset: int, unpack: bool) -> list[Callable[[Int8, int, Names], Stored]]:

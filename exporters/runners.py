@@ -105,6 +105,7 @@ class OnnxRuntimeRunner:
         require_images(self._what, [_TYPES.get(entry.type, entry.type) for entry in entries])
         entry = entries[0]
         self.input_name: str = entry.name
+        self._first: str = self.session.get_outputs()[0].name
         self.shape = tuple(size if isinstance(size, int) else 0 for size in entry.shape[1:])
         self.batch = entry.shape[0] if entry.shape and isinstance(entry.shape[0], int) else 0
         self.dtype: np.dtype[Any] = _TYPES[entry.type]
@@ -112,13 +113,16 @@ class OnnxRuntimeRunner:
 
     def run(self, images: Images) -> Floats:
         """Outputs for a batch."""
-        result: Floats = self.run_whole(images)[0]
+        result: Floats = self._run(images, [self._first])[0]
         return result
 
     def run_whole(self, images: Images) -> list[NDArray[Any]]:
         """Every output of the file for a batch, in its order."""
+        return self._run(images, None)
+
+    def _run(self, images: Images, names: list[str] | None) -> list[NDArray[Any]]:
         try:
-            return list(self.session.run(None, {self.input_name: images}))
+            return list(self.session.run(names, {self.input_name: images}))
         except Exception as error:
             raise cannot_run(self.runtime, self._what, images, error) from error
 

@@ -14,8 +14,9 @@ from edgecompress.exporters.packing import (
     LARGE,
     SPARSE_ZEROS,
     Held,
-    content_of,
-    field_bytes,
+    Part,
+    bytes_beside,
+    bytes_of,
     sparse_storage,
     storages,
     store,
@@ -29,7 +30,9 @@ NAMES_PER_LAYER = 25  # in a file whose weights are unpacked; a layer at 8 bits 
 # the bias' too.
 CHANNEL_BYTES = {("ort", "channel"): 12, ("ort", "tensor"): 4, ("trt", "channel"): 8, ("trt", "tensor"): 4}
 
-Part = tuple[int, dict[bytes, int]]  # bytes of its own, and of tables that layers share
+Way = tuple[
+    Part, Part
+]  # a storage with the names by which `packing.store` compares it, and with the longest that it may get
 
 
 class PlannedSize:
@@ -106,11 +109,11 @@ class FileSize:
         # Names are as long as the last ones of a file of unpacking nodes: a budget that is spent to its last byte holds.
         self._used = NAMES_PER_LAYER * len(simulator.graph.layers)
         self._layers = {layer.name: layer for layer in simulator.graph.layers}
-        self._stored: dict[tuple[str, int], list[Part]] = {}
+        self._stored: dict[tuple[str, int], list[Way]] = {}
         weights = {layer.name: simulator.weight(layer, 8) for layer in self._layers.values()}
         self._fixed = base_bytes - sum(_bytes_of_layers(weights, target).values())
 
-    def _of(self, layer: str, bits: int) -> list[Part]:
+    def _of(self, layer: str, bits: int) -> list[Way]:
         """Every way to store one layer's weights in the file, unpacking nodes included.
 
         Weights that only round to zero count as non-zero: training may move them, pruned ones stay zero.
@@ -126,12 +129,14 @@ class FileSize:
 
     def __call__(self, kernels: Sequence[Kernel], params: int) -> int:
         weights, held = 0, set[bytes]()
-        for kernel in kernels:  # as `packing.store` chooses: what is smallest beside the layers before
-            ways = self._of(kernel.layer.name, kernel.weight_bits)
-            sizes = [own + sum(size for content, size in tables.items() if content not in held) for own, tables in ways]
-            best = min(range(len(ways)), key=lambda way: sizes[way])
-            weights += sizes[best]
-            held |= ways[best][1].keys()
+        bits = {kernel.layer.name: kernel.weight_bits for kernel in kernels}
+        # In the file's order, as `packing.store` chooses: what is smallest beside the layers before. One that is none of the
+        # network's own, such as a BatchNorm that stands alone, has 8 bits.
+        for layer in self._layers:
+            ways = self._of(layer, bits.get(layer, 8))
+            _, charged = min(ways, key=lambda way: bytes_beside(way[0], held))
+            weights += bytes_beside(charged, held)
+            held.update(content for content, _ in charged[1])
         return self._fixed + weights + self._clips(kernels)
 
     def _clips(self, kernels: Sequence[Kernel]) -> int:
@@ -145,17 +150,16 @@ class FileSize:
         return CLIP_BYTES * len(clipped) + LIMIT_BYTES * 2 * len(set(clipped.values()))
 
 
-def _ways(weight: QuantizedWeight, target: Target, used: int) -> list[Part]:
-    """Of every storage the bytes of weights and nodes, and those of each table by its content."""
+def _ways(weight: QuantizedWeight, target: Target, used: int) -> list[Way]:
+    """Every storage of a layer, in the order in which `packing.store` tries them."""
     if target.dialect == "trt":  # TensorRT stores low-bit convolution weights as int8
-        return [(int(weight.values.size), {})]
-    return [
-        (
-            field_bytes(*stored.nodes, *stored.weights),
-            {content_of(table): field_bytes(table) for table in stored.tables},
-        )
-        for stored in storages(weight.values, weight.bits, used, max_opset=target.max_opset)
-    ]
+        plain = (int(weight.values.size), ())
+        return [(plain, plain)]
+    short, long = (
+        [bytes_of(stored) for stored in storages(weight.values, weight.bits, names, max_opset=target.max_opset)]
+        for names in (0, used)
+    )
+    return list(zip(short, long, strict=True))
 
 
 def _bytes_of_layers(weights: Mapping[str, QuantizedWeight], target: Target) -> dict[str, int]:

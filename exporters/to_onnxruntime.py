@@ -80,10 +80,12 @@ def integer_model(
     return _Writer(quantized, max_opset, unpack).write(batch, metadata)
 
 
-def showing_values(quantized: QuantizedGraph, *, max_opset: int, unpack: bool) -> tuple[onnx.ModelProto, list[str]]:
+def showing_values(
+    quantized: QuantizedGraph, *, max_opset: int, unpack: bool, batch: int | None = None
+) -> tuple[onnx.ModelProto, list[str]]:
     """The same graph with every quantised value that it holds as one more u8 output, and their names in that order."""
     writer = _Writer(quantized, max_opset, unpack)
-    model = writer.write(None, None)
+    model = writer.write(batch, None)
     names = [name for name in quantized.tensors if name in writer.integers]
     for name in names:
         model.graph.output.append(onnx.helper.make_tensor_value_info(writer.integers[name][0], TensorProto.UINT8, None))

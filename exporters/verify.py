@@ -106,8 +106,9 @@ def check_shapes(graph: Graph, network: Network, policy: CompressionPolicy) -> C
             kernel.out_channels,
             1 if kernel.layer.kind == "depthwise" else kernel.in_channels // kernel.layer.groups,
         )
+        holds = tuple(shape[:2]) == wanted
         checks.require(
-            tuple(shape[:2]) == wanted, "shapes_match_policy", not checks.failures,
+            holds, "shapes_match_policy", holds and not checks.failures,
             f"layer {kernel.layer.name} has weights {shape}, the policy says {wanted}",
         )  # fmt: skip
     checks.values["weight_elements"] = elements

@@ -20,6 +20,8 @@ from edgecompress.errors import BadFileError, GoalMissedError, MissingBackendErr
 from edgecompress.exporters import build_on_device
 from edgecompress.exporters.build_on_device import Cuda, Problem, parse_arguments, version_of
 from edgecompress.exporters.check_tensorrt import build_engine_here
+from edgecompress.exporters.onnx_writing import metadata_of, say
+from edgecompress.spec import Preprocessing
 
 
 def test_script_is_old_python_and_helps_without_tensorrt(tmp_path: Path) -> None:
@@ -222,18 +224,15 @@ def test_tensorrt_rtx_checks_and_keeps_nothing(
 def test_engine_json_keeps_what_the_engine_loses(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt("11.4.1"))
     model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], []), producer_name="x" * 300)
-    for key, value in {
-        "edgecompress.labels": "a,b",
-        "edgecompress.preprocess": '{"size": [8, 8]}',
-        "empty": "",
-    }.items():
-        model.metadata_props.append(onnx.StringStringEntryProto(key=key, value=value))
+    how, classes = Preprocessing(size=(8, 8), mean=(0.5,) * 3, std=(0.25,) * 3), ["käse, alt", 'a "b"', *"cdef" * 50]
+    say(model, metadata_of(how, classes))  # as every exported file has it
+    model.metadata_props.append(onnx.StringStringEntryProto(key="empty", value=""))
     (folder / "net.onnx").write_bytes(model.SerializeToString())
     assert run_main(folder) == 0
     record = json.loads((folder / "engine.json").read_text())
-    assert record["metadata"] == {
-        "edgecompress.labels": "a,b", "edgecompress.preprocess": '{"size": [8, 8]}', "empty": ""
-    }  # fmt: skip
+    assert json.loads(record["metadata"].pop("edgecompress.labels")) == classes
+    assert Preprocessing.model_validate_json(record["metadata"].pop("edgecompress.preprocess")) == how
+    assert record["metadata"] == {"empty": ""}
     assert record["precisions"] == {"INT8 -> FP16": 1}
     assert json.loads((folder / "layers.json").read_text())["Layers"][0]["Inputs"][0]["DataType"] == "Int8"
     assert record["engine_sha256"] == hashlib.sha256((folder / "model.engine").read_bytes()).hexdigest()

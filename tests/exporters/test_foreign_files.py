@@ -32,7 +32,10 @@ from edgecompress.tasks import SEGMENTATION, Task
 DATA = patterns()
 needs_openvino = pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
 needs_ncnn = pytest.mark.skipif(not (find_spec("ncnn") and find_spec("pnnx")), reason="ncnn or pnnx is not installed")
-needs_executorch = pytest.mark.skipif(find_spec("executorch") is None, reason="executorch is not installed")
+needs_executorch = pytest.mark.skipif(
+    find_spec("executorch") is None,
+    reason="executorch is not installed: it is no part of the extra 'test'; pip install 'edgecompress[executorch]'",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,13 +20,14 @@ from edgecompress.errors import BadFileError, EdgeCompressError, GoalMissedError
 from edgecompress.exporters import formats
 from edgecompress.exporters.formats import EXPORTERS, export
 from edgecompress.exporters.interface import Interface
+from edgecompress.exporters.onnx_writing import IR_VERSIONS
 from edgecompress.exporters.quantized_file import load_quantized, save_graph, save_quantized
 from edgecompress.exporters.record import RECORD, as_record, recorded
 from edgecompress.exporters.runners import OnnxRuntimeRunner, has_vnni, is_x86
 from edgecompress.exporters.source import ExportSource
 from edgecompress.exporters.to_onnx import float_model
 from edgecompress.exporters.to_onnxruntime import integer_model
-from edgecompress.exporters.verify import Checks, agreement
+from edgecompress.exporters.verify import Checks, agreement, check_shapes
 from edgecompress.files import file_sha256, sha256
 from edgecompress.graph import build_graph
 from edgecompress.interpret import float_constants, run
@@ -199,6 +200,11 @@ def test_proof_notices_a_policy_that_was_not_built(source, tmp_path):
     other = source.policy.model_copy(update={"keep_channels": source.policy.keep_channels | {group.id: group.width}})
     with pytest.raises(GoalMissedError, match="the policy says"):
         export(replace(source, policy=other), "onnx", tmp_path)
+    assert check_shapes(source.graph, source.network, source.policy).values["shapes_match_policy"] is True
+    last = source.graph.layers[-1]  # a single one, with no right one behind it
+    constants = {**source.graph.constants, last.inputs[1]: source.graph.constants[last.inputs[1]][:-1]}
+    checks = check_shapes(replace(source.graph, constants=constants), source.network, source.policy)
+    assert len(checks.failures) == 1 and checks.values["shapes_match_policy"] is False
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -330,6 +336,25 @@ def test_opset_keeps_the_targets_limit(tmp_path):
         limit = source.target.max_opset
         for name in ("onnx", "tensorrt"):
             assert export(source, name, tmp_path, check=False).opset <= limit
+
+
+@pytest.mark.parametrize(
+    ("target", "asked", "written"),
+    [
+        ("x86", None, 17), ("x86", 15, 15), ("x86", 18, 18), ("x86", 21, 21), ("x86", 25, 25),
+        ("jetson", None, 17), ("jetson", 19, 19), ("jetson", 25, 20), ("jetson-nano", None, 15), ("jetson-nano", 21, 15),
+    ],
+)  # fmt: skip
+def test_float_file_has_the_opset_that_is_asked_for_within_the_targets(source, target, asked, written, tmp_path):
+    source = replace(source, target=target_by_name(target))
+    plain = export(source, "onnx", tmp_path / "plain")
+    artifact = export(replace(source, interface=Interface(max_opset=asked)), "onnx", tmp_path)
+    model = onnx.load(tmp_path / artifact.path)
+    onnx.checker.check_model(model, full_check=True)
+    assert (artifact.opset, model.opset_import[0].version, model.ir_version) == (written, written, IR_VERSIONS[written])
+    found = outputs(tmp_path / artifact.path, source.images, "float")
+    wanted = outputs(tmp_path / "plain" / plain.path, source.images, "float")
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_target_without_integers_gets_float_files_and_no_integer_one(tmp_path):

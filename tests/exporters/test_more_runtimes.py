@@ -28,7 +28,10 @@ from edgecompress.quantize import Simulator, TensorRange, calibrate
 from edgecompress.spec import CompressionPolicy, LayerChoice
 
 needs_ncnn = pytest.mark.skipif(not (find_spec("ncnn") and find_spec("pnnx")), reason="ncnn or pnnx is not installed")
-needs_executorch = pytest.mark.skipif(find_spec("executorch") is None, reason="executorch is not installed")
+needs_executorch = pytest.mark.skipif(
+    find_spec("executorch") is None,
+    reason="executorch is not installed: it is no part of the extra 'test'; pip install 'edgecompress[executorch]'",
+)
 
 
 @needs_ncnn

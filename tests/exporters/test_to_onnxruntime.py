@@ -14,12 +14,15 @@ from sample_networks import NETWORKS, OPERATOR_NETWORKS, integer_case
 from edgecompress.cost import kernels
 from edgecompress.errors import BadModelError
 from edgecompress.exporters import to_tensorrt
-from edgecompress.exporters.check_onnxruntime import FLOAT_OPS, check_ort, fusion_report, optimised
+from edgecompress.exporters.check_onnxruntime import FLOAT_OPS, check_ort, fusion_report, operators_of, optimised
 from edgecompress.exporters.emulate import emulate, float_islands
+from edgecompress.exporters.onnx_writing import Names
+from edgecompress.exporters.packing import Held, store
 from edgecompress.exporters.quantized_file import load_quantized, save_graph, save_quantized
 from edgecompress.exporters.runners import OnnxRuntimeRunner, is_x86
 from edgecompress.exporters.saturation import without_saturation
 from edgecompress.exporters.sizes import CHANNEL_BYTES, FileSize, PlannedSize, stored_bytes
+from edgecompress.exporters.to_onnx import float_model
 from edgecompress.exporters.to_onnxruntime import gate_steps, grid, int32_bias, integer_model
 from edgecompress.exporters.verify import agreement
 from edgecompress.graph import build_graph
@@ -36,8 +39,9 @@ BITS = ("w8a8", "w4a4", "w2a8", "w8a2", "w3a5", "random0", "random1")
 needs_x86 = pytest.mark.skipif(not is_x86(), reason="ONNX Runtime is only known to be exact on x86")
 
 
-def operators_of(model: onnx.ModelProto) -> Counter[str]:
-    return Counter(node.op_type for node in optimised(model.SerializeToString()).graph.node)
+def fused(model: onnx.ModelProto) -> Counter[str]:
+    """What ONNX Runtime really runs of a file, as its proof counts it."""
+    return operators_of(optimised(model.SerializeToString()))
 
 
 def quantized_case(name: str, bits: str, weight_scales: WeightScales = "channel") -> QuantizedGraph:
@@ -78,7 +82,7 @@ def test_one_scale_per_weight_tensor_is_written_as_a_scalar_and_computed_bit_for
     dequantized = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
     assert all(not constants[node.input[1]].dims for node in dequantized)
     assert all(weight.scale.ndim == 0 for weight in quantized.weights.values())
-    operators = operators_of(model)
+    operators = fused(model)
     assert operators["QLinearConv"] + operators["QGemm"] == len(quantized.graph.layers)
     with torch.no_grad():
         wanted, simulated = emulate(quantized, case.images).numpy(), simulate(quantized, case.images).numpy()
@@ -112,7 +116,7 @@ def test_one_scale_per_tensor_lasts_through_training_files_and_seven_bits(tmp_pa
 @pytest.mark.parametrize("name", CASES)
 def test_no_float_layer_is_left_in_the_optimised_graph(name, bits):
     quantized = quantized_case(name, bits)
-    operators = operators_of(integer_model(quantized))
+    operators = fused(integer_model(quantized))
     assert not {op for op in FLOAT_OPS if operators[op]}
     assert operators["QLinearConv"] + operators["QGemm"] == len(quantized.graph.layers)
     assert operators["Relu"] == 0
@@ -200,6 +204,53 @@ def test_file_size_of_pruned_weights_is_an_upper_bound_that_training_cannot_brea
     }
     trained, file = written(replace(quantized, weights=moved), device), written(quantized, device)
     assert file < trained <= believed <= 1.02 * trained and believed <= 1.08 * file
+
+
+@pytest.mark.parametrize("zeros", [0.5, 0.85])
+@pytest.mark.parametrize("name", ["residual", "concat", "dense", "resnet8"])
+def test_file_size_of_sparse_layers_between_dense_ones_of_few_bits_is_never_too_small(name, zeros):
+    """Layers share the tables that unpack them, so that each is stored as is smallest beside those before it. The BatchNorms
+    that stand alone in ``dense`` are none of the network's own layers: no policy names them."""
+    case, device = integer_case(name), target_by_name("x86")
+    network, seen = trace(case.model, tuple(case.images.shape[1:]), name).network, set[str]()
+    for seed in range(4 if name == "resnet8" else 12):
+        generator = np.random.default_rng(seed)
+        constants = dict(case.graph.constants)
+        for number, layer in enumerate(case.graph.layers):
+            shape = constants[layer.inputs[1]].shape  # of the weights that stay none rounds to zero, whatever its bits
+            weight = generator.uniform(0.7, 1, shape) * generator.choice((-0.1, 0.1), shape)
+            kept = generator.random(shape) >= (zeros if (number + seed) % 2 else 0)
+            constants[layer.inputs[1]] = (weight * kept).astype(np.float32)
+        simulator = Simulator(replace(case.graph, constants=constants), case.simulator.calibration)
+        size = FileSize(simulator, written(all_eight(simulator), device), device)
+        bits = generator.integers(5 if seed % 2 else 2, 8, len(network.layers))
+        choices = {
+            layer.name: LayerChoice(weight_bits=int(few), activation_bits=8)
+            for layer, few in zip(network.layers, bits, strict=True)
+        }
+        quantized = simulator.quantized(choices)
+        believed, file = (
+            size(kernels(network, CompressionPolicy(model="", layers=choices)), 0),
+            written(quantized, device),
+        )
+        assert file <= believed <= 1.002 * file + 64
+        seen |= kinds_of(quantized, device)
+    assert {"sparse", "dense", "int"} <= seen or name != "resnet8"
+
+
+def all_eight(simulator: Simulator) -> QuantizedGraph:
+    choice = LayerChoice(weight_bits=8, activation_bits=8)
+    return simulator.quantized({layer.name: choice for layer in simulator.graph.layers})
+
+
+def kinds_of(quantized: QuantizedGraph, target: Target) -> set[str]:
+    """How layers are stored, as `packing.store` calls it, without the number of bits."""
+    names, held = Names(), Held()
+    stored = (
+        store(weight.values, weight.bits, names, max_opset=target.max_opset, held=held)
+        for weight in quantized.weights.values()
+    )
+    return {found.kind.rstrip("0123456789") for found in stored}
 
 
 def written(quantized: QuantizedGraph, target: Target) -> int:
@@ -327,7 +378,7 @@ def test_trained_steps_of_a_gates_input_still_meet_its_ends():
 def test_float_operators_are_named_in_the_report_and_silent_ones_refused():
     case = integer_case("gated")
     quantized = case.quantized(8, 8)
-    operators = operators_of(integer_model(quantized))
+    operators = fused(integer_model(quantized))
     text, short = fusion_report(quantized, operators)
     assert short == "" and "QLinearMul 5 of 5" in text and "QLinearSigmoid 2 of 2" in text
     lost = {**operators, "QLinearMul": 3}
@@ -335,6 +386,46 @@ def test_float_operators_are_named_in_the_report_and_silent_ones_refused():
     choices = {layer.name: LayerChoice(weight_bits=8, activation_bits=8) for layer in case.graph.layers}
     partly = case.simulator.quantized(choices | {"fc": LayerChoice()})
     assert float_islands(partly) == ["Gemm fc"]
+
+
+@pytest.mark.parametrize(
+    ("before", "pools_integers"),
+    [
+        (["QuantizeLinear"], True),
+        (["QuantizeLinear", "Clip", "Transpose"], True),
+        (["QuantizeLinear", "QLinearSigmoid"], True),
+        ([], False),
+        (["Relu"], False),
+        (["QuantizeLinear", "DequantizeLinear"], False),
+        (["QuantizeLinear", "DequantizeLinear", "Relu"], False),
+        (["QuantizeLinear", "DequantizeLinear", "Transpose"], False),
+        (["QuantizeLinear", "Cast"], False),
+    ],
+)
+def test_a_max_pool_counts_as_integer_only_where_it_reads_integers(before, pools_integers):
+    nodes = [onnx.helper.make_node(op, [str(number)], [str(number + 1)]) for number, op in enumerate(before)]
+    nodes.append(onnx.helper.make_node("MaxPool", [str(len(before))], ["pooled"], kernel_shape=[2, 2]))
+    entry = onnx.helper.make_tensor_value_info("0", onnx.TensorProto.FLOAT, ["N", 3, 8, 8])
+    counted = operators_of(onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [entry], [])))
+    assert counted["MaxPool"] == pools_integers and counted.total() == len(before) + pools_integers
+
+
+@pytest.mark.parametrize(("quantised", "counted"), [(True, 1), (False, 0)])
+def test_a_product_with_a_float_result_makes_its_max_pool_float(quantised, counted):
+    """ONNX Runtime's QGemm answers floats where nothing says how its result is quantised."""
+    inputs = ["x", "", "", "w", "", "", "bias", *(["scale", "zero"] if quantised else [])]
+    made = onnx.helper.make_node
+    nodes = [made("QGemm", inputs, ["y"]), made("MaxPool", ["y"], ["pooled"], kernel_shape=[2])]
+    entry = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.UINT8, ["N", 8])
+    assert operators_of(onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", [entry], [])))["MaxPool"] == counted
+
+
+def test_a_max_pool_in_a_float_file_is_no_integer_kernel():
+    """It stands behind a Conv or a Relu there, not behind a DequantizeLinear."""
+    case = integer_case("vgg")
+    assert [node.op for node in case.graph.nodes].count("MaxPool") == 2
+    assert fused(float_model(case.graph))["MaxPool"] == 0
+    assert fused(integer_model(case.quantized(8, 8)))["MaxPool"] == 2
 
 
 def test_pooling_to_the_size_that_is_there_is_left_out():
