@@ -30,9 +30,8 @@ NAMES_PER_LAYER = 25  # in a file whose weights are unpacked; a layer at 8 bits 
 # the bias' too.
 CHANNEL_BYTES = {("ort", "channel"): 12, ("ort", "tensor"): 4, ("trt", "channel"): 8, ("trt", "tensor"): 4}
 
-Way = tuple[
-    Part, Part
-]  # a storage with the names by which `packing.store` compares it, and with the longest that it may get
+# A storage with the names by which `packing.store` compares it, and with the longest that it may get.
+Way = tuple[Part, Part]
 
 
 class PlannedSize:
