@@ -26,12 +26,13 @@ from edgecompress.variational import (
     without_noise,
 )
 
-KEEP = 0.25  # of the weights of every layer, either way
+KEEPS = (0.5, 0.25)  # of the weights of every layer, whatever ranks them
+LOOKS = (0.9, 0.75, 0.5, 0.35, 0.25)  # at which the ranking is looked at before any recovery
 LEARNING, MEASURING, RECOVERING, IMAGES = 3, 1, 3, 10_000
 
 
 def without_single_weights(lab: Lab, tuned: nn.Module, choice: Choice, seed: int, *, ranked: str) -> Cell:
-    """Test accuracy in percent of a fine-tuned network that keeps a quarter of its weights.
+    """Accuracy in percent of a fine-tuned network that keeps a share of its weights: before, and on test after, recovery.
 
     Args:
         ranked: what ranks the weights. ``with``: log-alpha after a training under noise. ``without``: their size after as
@@ -58,17 +59,20 @@ def without_single_weights(lab: Lab, tuned: nn.Module, choice: Choice, seed: int
             layer.layer.requires_grad_(False)
         _learn(noisy, layers, data, replace(settings, epochs=MEASURING), teacher)
         noise = measured_noise(layers)
-    sparse = prune_elements(plain.eval(), noise, dict.fromkeys(noise.log_alpha, KEEP))
-    before = lab.measure(sparse, "select").accuracy
-    _hold_zeros(sparse)
-    train(sparse, data, replace(settings, epochs=RECOVERING), teacher=teacher)
-    kept = sum(int((weight != 0).sum()) for weight in _weights(sparse).values())
-    return {
-        "choice": list(choice),
-        "select_before": round(100 * before, 3),
-        "test": round(100 * lab.measure(sparse, "test").accuracy, 3),
-        "kept_weights": kept,
-    }
+
+    def keeping(share: float) -> nn.Module:
+        return prune_elements(plain.eval(), noise, dict.fromkeys(noise.log_alpha, share))
+
+    found: Cell = {"choice": list(choice), "select": round(100 * lab.measure(plain.eval(), "select").accuracy, 3)}
+    found["select_before"] = {str(k): round(100 * lab.measure(keeping(k), "select").accuracy, 3) for k in LOOKS}
+    found |= {"test": {}, "kept_weights": {}}
+    for share in KEEPS:
+        sparse = keeping(share)
+        _hold_zeros(sparse)
+        train(sparse, data, replace(settings, epochs=RECOVERING), teacher=teacher)
+        found["test"][str(share)] = round(100 * lab.measure(sparse, "test").accuracy, 3)
+        found["kept_weights"][str(share)] = sum(int((weight != 0).sum()) for weight in _weights(sparse).values())
+    return found
 
 
 def _learn(

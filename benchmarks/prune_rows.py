@@ -236,17 +236,39 @@ def _resnet56(bench: Benchmark, known: Mapping[str, Cell]) -> None:
 
 
 def _dropout(bench: Benchmark, known: Mapping[str, Cell]) -> None:
-    """Both ways to learn the noise, each against ranking by size."""
-    plain = {seed: cell["test"] for seed in SEEDS[:3] if (cell := known.get(f"dropout/without/{seed}")) is not None}
-    for which, words in (("with", "with the weights"), ("frozen", "for weights that stay")):
-        bar = f"ResNet-20, a quarter of the weights: noise learned {words}, less ranking by size, mean on test"
-        noisy = {seed: cell["test"] for seed in plain if (cell := known.get(f"dropout/{which}/{seed}")) is not None}
-        differences = paired(noisy, plain)
-        if differences:
-            value, count = statistics.mean(differences), len(differences)
-            _judged(bench, bar, value, 0.0, f"{count} of 3 seeds", finished=count == 3)
-        else:
-            bench.not_run(bar, 0.0, "points", NOT_YET)
+    """Both ways to learn the noise, each against ranking by size, at two shares of the weights."""
+    ways = {
+        "without": "by size",
+        "with": "noise learned with the weights",
+        "frozen": "noise learned for weights that stay",
+    }
+    cells = {
+        way: {seed: cell for seed in SEEDS[:3] if (cell := known.get(f"dropout/{way}/{seed}")) is not None}
+        for way in ways
+    }
+    for share in ("0.5", "0.25"):
+        tested = {way: {seed: cell["test"][share] for seed, cell in found.items()} for way, found in cells.items()}
+        for way in ("with", "frozen"):
+            bar = f"ResNet-20, {share} of the weights: ranked by {ways[way]}, less by size, mean on test"
+            differences = paired(tested[way], tested["without"])
+            if differences:
+                value, count = statistics.mean(differences), len(differences)
+                _judged(bench, bar, value, 0.0, f"{count} of 3 seeds", finished=count == 3)
+            else:
+                bench.not_run(bar, 0.0, "points", NOT_YET)
+    bench.details["Single weights, select-val % before recovery (mean over seeds) by the share that stays"] = [
+        {"ranked": ways[way], "all": round(_mean(list(found.values()), "select"), 2)}
+        | {
+            k: round(statistics.mean(c["select_before"][k] for c in found.values()), 2)
+            for k in _first(found)["select_before"]
+        }
+        for way, found in cells.items()
+        if found
+    ]
+
+
+def _first(cells: Mapping[int, Cell]) -> Cell:
+    return next(iter(cells.values()))
 
 
 def _spread(values: Sequence[float]) -> str | None:
