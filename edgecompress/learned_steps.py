@@ -49,7 +49,7 @@ class LearnedSteps(nn.Module):
         for layer, weight in quantized.weights.items():
             self._add_step(f"w:{layer}", torch.from_numpy(weight.scale.copy()))
         for value, owner in self._points.owner.items():
-            if value == owner:
+            if value == owner and value not in self._points.joined:
                 self._add_step(f"a:{owner}", torch.tensor(quantized.tensors[owner].scale))
 
     def _add_step(self, key: str, value: Tensor) -> None:
@@ -60,9 +60,11 @@ class LearnedSteps(nn.Module):
         return self.get_buffer(self._masks[layer])
 
     def _step(self, key: str) -> Tensor:
+        kind, _, owner = key.partition(":")
+        if kind == "a" and owner in self._points.joined:
+            return self._step(f"a:{self._points.joined[owner]}")
         # Learned in the logarithm, so that a step stays positive and moves in proportion to itself.
         step: Tensor = self.steps[self._step_names[key]].exp()
-        kind, _, owner = key.partition(":")
         if kind != "a":
             return step
         reach, end = self._points.reach.get(owner), self._ends.get(owner)

@@ -83,12 +83,14 @@ class QuantizedGraph:
 class Points:
     """Where activations are quantised. ``owner`` maps a quantised value to the one whose range it shares (itself,
     unless a pooling or reshape passes integers through); ``signed`` and ``readers`` (layers) are per owner. ``reach`` has
-    the owners that feed a gate (`is_gate`) and where that gate saturates: a whole number of their steps."""
+    the owners that feed a gate (`is_gate`) and where that gate saturates: a whole number of their steps. ``joined`` maps
+    owners that only a Concat reads to its result, whose step they take: it then copies integers, and nothing is rounded twice."""
 
     owner: Mapping[str, str]
     signed: Mapping[str, bool]
     layer_input: Mapping[str, str]
     reach: Mapping[str, float] = field(default_factory=dict)
+    joined: Mapping[str, str] = field(default_factory=dict)
 
     def layers_of(self, owner: str) -> tuple[str, ...]:
         """Layers that read ``owner``: they share the bits of their input."""
@@ -176,7 +178,26 @@ def find_points(graph: Graph) -> Points:
             )
         )
     layer_input = {layer.name: owner[layer.inputs[0]] for layer in graph.layers if layer.inputs[0] in owner}
-    return Points(owner, signed, layer_input, reach)
+    return Points(owner, signed, layer_input, reach, _joined(graph, owner, signed))
+
+
+def _joined(graph: Graph, owner: Mapping[str, str], signed: Mapping[str, bool]) -> dict[str, str]:
+    """Values that only a quantised Concat of their sign reads, the outermost Concat first.
+
+    Not those behind a ReLU6: the end of their own range is what clips them.
+    """
+    return {
+        value: node.outputs[0]
+        for node in reversed(graph.nodes)
+        if node.op == "Concat" and owner.get(node.outputs[0]) == node.outputs[0]
+        for value in node.inputs
+        if owner.get(value) == value
+        and value not in graph.outputs
+        and graph.consumers(value) == (node,)
+        and node.inputs.count(value) == 1
+        and signed[value] == signed[node.outputs[0]]
+        and clip_limit(graph, graph.producer(value)) is None
+    }
 
 
 def _of_convolution(graph: Graph, node: Node) -> bool:
@@ -313,6 +334,8 @@ class Simulator:
             readers = [_choice(choices, layer).activation_bits for layer in self.points.layers_of(owner)]
             bits = max((min(bits, 8) for bits in readers), default=8)
             ranges[value] = self.range(owner, bits)
+        for value, result in self.points.joined.items():
+            ranges[value] = replace(ranges[result], bits=8)  # the Concat clips what it needs at fewer bits
         return ranges
 
     def range(self, owner: str, bits: int) -> TensorRange:

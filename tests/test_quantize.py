@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sample_networks import integer_case, patterns
 from torch import nn
 
@@ -118,6 +121,44 @@ def test_concatenation_of_rectified_values_is_unsigned_and_owns_its_range():
     assert points.owner[node.outputs[0]] == node.outputs[0] and not points.signed[node.outputs[0]]
     assert points.layer_input["after.0"] == node.outputs[0]
     assert all(points.owner[value] == value for value in node.inputs)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_concatenated_values_are_on_the_grid_of_the_result_so_that_integers_are_copied(bits):
+    case = integer_case("concat")
+    (node,) = [node for node in case.graph.nodes if node.op == "Concat"]
+    choices = {layer.name: LayerChoice(weight_bits=8, activation_bits=bits) for layer in case.graph.layers}
+    quantized = case.simulator.quantized(choices)
+    assert quantized.tensors[node.outputs[0]].bits == bits
+    assert {quantized.tensors[value] for value in node.inputs} == {replace(quantized.tensors[node.outputs[0]], bits=8)}
+    learned = LearnedSteps(quantized)
+    with torch.no_grad():
+        for step in learned.steps.values():
+            step.mul_(1.1)
+    trained = learned.finished().tensors
+    assert trained[node.outputs[0]].scale != quantized.tensors[node.outputs[0]].scale
+    assert {trained[value].scale for value in node.inputs} == {trained[node.outputs[0]].scale}
+
+
+def test_only_values_that_nothing_else_reads_or_clips_join_a_concat():
+    class Joins(nn.Module):
+        """Two concatenations: of what a ReLU6 clips and what is read twice with a plain one; of that and a signed one."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Conv2d(3, 4, 1) for _ in range(4))
+            self.e, self.fc = nn.Conv2d(12, 4, 1), nn.Linear(8, 4)
+
+        def forward(self, x):
+            a, b, c = F.relu6(self.a(x)), F.relu(self.b(x)), F.relu(self.c(x))
+            inner = F.relu(self.e(torch.cat([a, b, c], 1)))
+            outer = torch.cat([inner + b, self.d(x)], 1)
+            return self.fc(outer.mean((2, 3)))
+
+    graph = build_graph(Joins().eval(), (3, 8, 8), "joins")
+    points = find_points(graph)
+    inner, outer = [node for node in graph.nodes if node.op == "Concat"]
+    assert points.joined == {inner.inputs[2]: inner.outputs[0], outer.inputs[1]: outer.outputs[0]}
 
 
 def test_activation_bits_of_a_shared_input_are_the_largest_asked_for():
