@@ -22,6 +22,7 @@ from edgecompress.exporters.artifacts import open_artifact
 from edgecompress.exporters.emulate import emulate
 from edgecompress.exporters.formats import EXPORTERS, export
 from edgecompress.exporters.interface import Interface
+from edgecompress.exporters.operator_proof import operator_differences
 from edgecompress.exporters.runners import is_x86, measure_latency_us, run_all
 from edgecompress.exporters.to_litert import integer_model
 from edgecompress.exporters.verify import agreement
@@ -125,11 +126,18 @@ def test_gates_are_integers_and_sigmoids_close():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1"])
-def test_networks_of_torchvision_are_equal_to_the_emulator(name):
+def test_networks_of_torchvision_are_right_operator_by_operator(name):
+    """Their answers are equal only by luck: kernels of some CPUs (AVX512-VNNI) round one value in a thousand otherwise."""
+    from edgecompress.exporters.check_litert import check_litert, runs
     from edgecompress.models import build_model
 
     quantized, images = quantized_network(build_model(name, 10), (3, 64, 64))
-    check_equal(quantized, images)
+    model, found, exact = answers(quantized, images)
+    assert found.shape == exact.shape and not model.floats
+    assert check_litert(model, quantized, images.numpy(), exact).failures == []
+    differences = operator_differences(quantized, runs(model, quantized, images[:2].numpy()), model.step)
+    once = {value: found for value, found in differences.items() if value not in model.rounded_twice}
+    assert len(once) > 0.5 * len(differences) and max(found.share for found in once.values()) <= 0.005
 
 
 # ------------------------------------------------------------------------------------------------- single operators
