@@ -98,16 +98,17 @@ class Imagination:
                 for _ in range(CHILDREN):
                     written.setdefault(changed(space, fresh[int(place)], self._random), "mutation")
         fresh = [choice for choice in written if choice not in self.scorer.trials]
-        gains = self._gains(fresh, trials) if fresh else np.zeros(0)
-        for _ in range(CLIMBS if fresh else 0):
-            near = exchanged(space, fresh[int(np.argmax(gains))], self._random, NEIGHBOURS)
-            near = [choice for choice in near if choice not in written and choice not in self.scorer.trials]
-            if not near:
-                return
-            written |= dict.fromkeys(near, "exchange")
-            best, gains, fresh = float(gains.max()), self._gains(near, trials), near
-            if float(gains.max()) <= best:
-                return
+        if not fresh:
+            return
+        gains = self._gains(fresh, trials)
+        here, gain = fresh[int(np.argmax(gains))], float(gains.max())
+        for _ in range(CLIMBS):
+            near = [near for near in exchanged(space, here, self._random, NEIGHBOURS) if near not in self.scorer.trials]
+            gains = self._gains(near, trials) if near else np.zeros(1)
+            if float(gains.max()) <= gain:
+                break
+            here, gain = near[int(np.argmax(gains))], float(gains.max())
+        written.setdefault(space.fill(here, np.array([levels[-1] for levels in space.levels], float)), "exchange")
 
     def _gains(self, choices: Sequence[Choice], trials: Sequence[Trial]) -> Floats:
         """Expected improvement on the highest mean that the model gives to an evaluated policy."""
