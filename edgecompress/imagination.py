@@ -29,7 +29,8 @@ NOISE = (0.02, 0.3)  # standard deviation of an episode's exploration, in wishes
 BATCH = 2  # policies evaluated between two rounds of imagination
 REFINEMENTS = 3  # generations of that evolution: each mutates the best `PARENTS` candidates `CHILDREN` times
 CHILDREN = 4
-CLIMBS, NEIGHBOURS = 6, 48  # steps by exchange from the best candidate, and candidates looked at in each
+CLIMBS = 6  # steps by exchange from the best candidate
+NEIGHBOURS = 600  # looked at in each, over the number of actions: to fill one up is dearer the more there are
 MEMORY = 400  # episodes that the replay holds
 _IDLE = 10  # elections in a row of nothing new: six rounds of a few dozen policies each
 
@@ -98,17 +99,17 @@ class Imagination:
                 for _ in range(CHILDREN):
                     written.setdefault(changed(space, fresh[int(place)], self._random), "mutation")
         fresh = [choice for choice in written if choice not in self.scorer.trials]
-        if not fresh:
-            return
-        gains = self._gains(fresh, trials)
-        here, gain = fresh[int(np.argmax(gains))], float(gains.max())
-        for _ in range(CLIMBS):
-            near = [near for near in exchanged(space, here, self._random, NEIGHBOURS) if near not in self.scorer.trials]
-            gains = self._gains(near, trials) if near else np.zeros(1)
-            if float(gains.max()) <= gain:
-                break
-            here, gain = near[int(np.argmax(gains))], float(gains.max())
-        written.setdefault(space.fill(here, np.array([levels[-1] for levels in space.levels], float)), "exchange")
+        gains = self._gains(fresh, trials) if fresh else np.zeros(0)
+        count = max(NEIGHBOURS // max(len(space.bound), 1), 8)
+        for _ in range(CLIMBS if fresh else 0):
+            near = exchanged(space, fresh[int(np.argmax(gains))], self._random, count)
+            near = [choice for choice in near if choice not in written and choice not in self.scorer.trials]
+            if not near:
+                return
+            written |= dict.fromkeys(near, "exchange")
+            best, gains, fresh = float(gains.max()), self._gains(near, trials), near
+            if float(gains.max()) <= best:
+                return
 
     def _gains(self, choices: Sequence[Choice], trials: Sequence[Trial]) -> Floats:
         """Expected improvement on the highest mean that the model gives to an evaluated policy."""

@@ -23,7 +23,7 @@ def mutated(space: SearchSpace, scorer: Scorer, random: np.random.Generator) -> 
 
 def exchanged(space: SearchSpace, choice: Choice, random: np.random.Generator, count: int) -> list[Choice]:
     """At most ``count`` neighbours of ``choice``: one bound action a level up, another as far down as the budgets then ask
-    for. Which pairs, where there are more, is drawn; what a neighbour leaves unspent is not: `SearchSpace.fill` is dear."""
+    for, and what that leaves spent. Which pairs, where there are more, is drawn."""
     bound = sorted(space.bound)
     pairs = [(up, down) for up in bound for down in bound if up != down]
     found: dict[Choice, None] = {}
@@ -36,7 +36,7 @@ def exchanged(space: SearchSpace, choice: Choice, random: np.random.Generator, c
                 break
             candidate = lowered
         if candidate != choice and space.fits(candidate):
-            found.setdefault(candidate)
+            found.setdefault(space.fill(candidate, np.array([levels[-1] for levels in space.levels], float)))
     found.pop(choice, None)
     return list(found)
 
