@@ -14,6 +14,7 @@ from edgecompress.envs import PolicyEnv
 from edgecompress.errors import GoalMissedError
 from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.models import build_model
+from edgecompress.mutations import exchanged
 from edgecompress.spaces import Limit, SearchSpace
 from edgecompress.spec import Budget, CompressionPolicy, LayerChoice, parse_budgets
 from edgecompress.stage_spaces import ELEMENTS, allowed_widths, bitwidth_space, channel_space
@@ -336,6 +337,18 @@ def test_state_tells_the_sensitivity_the_latency_and_how_tight_the_budget_is(net
     assert not np.allclose(plain, state("flops=0.4x"))
     assert not np.allclose(plain, state("flops=0.5x", sensitivity=lambda group: float(group == most)))
     assert plain.shape[0] == len(network.prunable_groups) + 1 and plain.min() >= 0 and plain.max() <= 1
+
+
+def test_exchange_raises_one_action_lowers_another_and_keeps_the_budget(networks):
+    space = channels(networks["resnet8"], "flops=0.5x", 4)
+    choice = space.project(np.full(len(space.levels), 0.6))
+    near = exchanged(space, choice, np.random.default_rng(0), 1000)
+    assert len(near) > 3 and choice not in near and len(set(near)) == len(near)
+    for other in near:
+        assert space.fits(other)
+        assert any(new > old for new, old in zip(other, choice, strict=True))
+        assert sum(new < old for new, old in zip(other, choice, strict=True)) <= 1
+    assert len(exchanged(space, choice, np.random.default_rng(0), 2)) <= 2
 
 
 def test_relief_is_shared_by_all_budgets(networks):
