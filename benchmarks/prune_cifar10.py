@@ -52,11 +52,9 @@ def search_cells(lab: Lab, wanted: argparse.Namespace) -> Iterator[Job]:
                         yield "search", f"search/{budget}/{method}/{seed}", _search(lab, budget, method, seed, wanted)
 
 
-def _search(lab: Lab, budget: str, method: str, seed: int, wanted: argparse.Namespace) -> Callable[[], Cell | None]:
-    def compute() -> Cell | None:
+def _search(lab: Lab, budget: str, method: str, seed: int, wanted: argparse.Namespace) -> Callable[[], Cell]:
+    def compute() -> Cell:
         latency = latency_from_table() if "latency" in budget else None
-        if "latency" in budget and latency is None:
-            return None
         return run_search(lab, method, (budget,), seed, episodes=wanted.episodes, latency=latency)
 
     return compute
@@ -91,11 +89,8 @@ def later_cells(lab: Lab, known: dict[str, Cell], wanted: argparse.Namespace) ->
     """What comes after the comparison of methods."""
     for seed in SEEDS:
 
-        def conditioned(seed: int = seed) -> Cell | None:
-            latency = latency_from_table()
-            if latency is None:
-                return None
-            return run_search(lab, "ddpg", BUDGETS, seed, episodes=wanted.episodes, latency=latency)
+        def conditioned(seed: int = seed) -> Cell:
+            return run_search(lab, "ddpg", BUDGETS, seed, episodes=wanted.episodes, latency=latency_from_table())
 
         yield "conditioned", f"{CONDITIONED}/{seed}", conditioned
     for seed in SEEDS[:3]:
@@ -145,7 +140,7 @@ def _aware(lab: Lab, known: dict[str, Cell], seed: int, episodes: int) -> Cell |
     """A search under the latency that the FLOPs-only search of the same seed ended at, and both finals' times in turns."""
     latency = latency_from_table()
     blind = known.get(f"search/{BUDGETS[0]}/ddpg/{seed}")
-    if latency is None or blind is None:
+    if blind is None:
         return None
     space, _ = lab.space(BUDGETS[0], latency)
     reached = space.price(tuple(blind["choice"])).latency_us
