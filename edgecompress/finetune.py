@@ -105,7 +105,7 @@ def _trained(  # noqa: PLR0913 (what `train` was called with)
     steps = math.ceil(len(data.train) / settings.batch_size)
     adam = torch.optim.Adam(noise, lr=10 / (steps * settings.epochs)) if noise else None
     average = Average(model, settings.ema)
-    precision = precision_on(device, settings.precision)
+    precision = precision_on(device, settings.precision, model)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     decide = {key: value for key, value in settings.__dict__.items() if key != "device"}
     state = TrainingState(model, optimizer, average, scaler, {**decide, "precision": precision}, adam)

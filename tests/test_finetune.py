@@ -14,7 +14,7 @@ from edgecompress.finetune import TrainSettings, _schedule, accuracy_and_loss, r
 from edgecompress.training_state import precision_on
 from edgecompress.variational import kl_penalty, with_noise
 
-SETTINGS = TrainSettings(epochs=4, learning_rate=0.05, batch_size=16, distill=0.0)
+SETTINGS = TrainSettings(epochs=4, learning_rate=0.05, batch_size=16, distill=0.0, precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -293,24 +293,28 @@ def test_overflow_in_float16_leaves_out_steps_and_one_that_stays_is_told(data):
 
 
 @pytest.mark.parametrize(
-    ("device", "native", "wanted", "found"),
+    ("device", "native", "groups", "wanted", "found"),
     [
-        ("cpu", True, "auto", "fp32"),
-        ("cpu", False, "bf16", "bf16"),
-        ("cuda", True, "auto", "bf16"),
-        ("cuda", False, "auto", "fp16"),
-        ("cuda", True, "fp32", "fp32"),
+        ("cpu", True, 1, "auto", "bf16"),
+        ("cpu", True, 4, "auto", "fp32"),
+        ("cpu", False, 1, "auto", "fp32"),
+        ("cpu", False, 1, "bf16", "bf16"),
+        ("cuda", True, 4, "auto", "bf16"),
+        ("cuda", False, 1, "auto", "fp16"),
+        ("cuda", True, 1, "fp32", "fp32"),
     ],
 )
-def test_precision_follows_the_device(monkeypatch, device, native, wanted, found):
+def test_precision_follows_the_device_and_on_a_cpu_the_network(monkeypatch, device, native, groups, wanted, found):
     """A GPU that only emulates bfloat16 says so when it is asked without emulation, and gets float16."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native or including_emulation)
-    assert precision_on(torch.device(device), wanted) == found
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, groups=groups))
+    assert precision_on(torch.device(device), wanted, model) == found
 
 
 def test_unknown_precision_names_the_known_ones():
     with pytest.raises(UnknownNameError, match="bf16"):
-        precision_on(torch.device("cpu"), "bf61")
+        precision_on(torch.device("cpu"), "bf61", fresh())
 
 
 def test_checkpoint_from_before_there_was_a_precision_is_gone_on_from(data, trained, tmp_path):
