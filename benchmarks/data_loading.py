@@ -101,7 +101,7 @@ def measure(bench: Benchmark, folder: Path) -> None:
         pipeline.compress(
             "resnet20", timed, "x86", "flops=0.5x,size=0.15x", name=f"mapped-{mapped}", runs=folder / "runs",
             progress=listener, weights=str(Path(os.environ["EDGECOMPRESS_DATA"]) / WEIGHTS), threads=1,
-            episodes=8 if bench.quick else 20, finetune_epochs=1, noise_epochs=0, qat_epochs=0,
+            episodes=8 if bench.quick else 20, finetune_epochs=1, qat_epochs=0,
         )  # fmt: skip
         for stage, share in listener.shares().items():
             bench.at_most(f"{where}: loading in an episode of stage '{stage}'", share, LIMIT, "of its time")

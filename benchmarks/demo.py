@@ -102,11 +102,7 @@ def clone_to_demo_seconds() -> float:
 
 def measure(bench: Benchmark, folder: Path, *, clone: bool) -> None:
     """All bars of the main job."""
-    options = (
-        ["--episodes", "10", "--finetune-epochs", "2", "--noise-epochs", "1", "--qat-epochs", "1"]
-        if bench.quick
-        else []
-    )
+    options = ["--episodes", "10", "--finetune-epochs", "2", "--qat-epochs", "1"] if bench.quick else []
     bench.at_most("edgecompress --help", help_seconds(), 0.4, "s")
     reports = []
     for seed in (0,) if bench.quick else (0, 1, 2):

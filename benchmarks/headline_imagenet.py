@@ -68,7 +68,7 @@ def main() -> None:
     model = build_model("vgg16", 1000).eval()
     run = compress(
         model, data(), TARGET, f"params={SHARE:.5f}x", name=RUN, runs=FOLDER / "runs", overwrite=True, episodes=24,
-        finetune_epochs=1, qat_epochs=1, noise_epochs=0, batch_size=8, reconstruct=False,
+        finetune_epochs=1, qat_epochs=1, batch_size=8, reconstruct=False,
     )  # fmt: skip
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     report, exports = run.report, run.path / "exports"

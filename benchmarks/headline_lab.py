@@ -180,7 +180,7 @@ def ours(lab: Lab, seed: int, agent: str = "ddpg", budget: str | None = None) ->
     run = compress(
         lab.baseline, lab.data, TARGET, budget or BUDGETS[lab.name], name=title, runs=lab.folder / "runs",
         resume=(lab.folder / "runs" / title / "config.json").exists(), agent=agent, episodes=effort.episodes,
-        finetune_epochs=max(effort.tune_epochs - effort.qat_epochs, 1), qat_epochs=effort.qat_epochs, noise_epochs=0,
+        finetune_epochs=max(effort.tune_epochs - effort.qat_epochs, 1), qat_epochs=effort.qat_epochs,
         batch_size=128, seed=seed,
     )  # fmt: skip
     report = run.report

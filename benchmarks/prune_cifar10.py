@@ -109,7 +109,7 @@ def later_cells(lab: Lab, known: dict[str, Cell], wanted: argparse.Namespace) ->
         yield "cost", "cost", lambda: _cost(lab, known)
         yield "aware", "aware_times", lambda: _aware_times(lab, known)
     for seed in SEEDS[:3]:
-        for ranked in ("with", "without", "frozen"):
+        for ranked in ("with", "without"):
             name = f"dropout/{ranked}/{seed}"
             yield "dropout", name, lambda seed=seed, ranked=ranked: _ablated(lab, known, seed, ranked)
     larger = Lab("resnet56")

@@ -8,6 +8,7 @@ from typing import Any
 
 from cells import Cell
 from harness import Benchmark
+from prune_ablation import KEEPS, WHOLE
 
 BUDGETS = ("flops=0.5x", "flops=0.35x", "latency@fp32=0.6x")
 METHODS = ("uniform", "surrogate", "netadapt", "ddpg", "evolution", "gp", "cma-es", "random", "amc")
@@ -236,26 +237,30 @@ def _resnet56(bench: Benchmark, known: Mapping[str, Cell]) -> None:
 
 
 def _dropout(bench: Benchmark, known: Mapping[str, Cell]) -> None:
-    """Both ways to learn the noise, each against ranking by size, at two shares of the weights."""
-    ways = {
-        "without": "by size",
-        "with": "noise learned with the weights",
-        "frozen": "noise learned for weights that stay",
-    }
+    """Weights ranked by learned noise against weights ranked by size: a share of every layer, and one threshold for all."""
+    ways = {"without": "by size", "with": "by learned noise"}
     cells = {
         way: {seed: cell for seed in SEEDS[:3] if (cell := known.get(f"dropout/{way}/{seed}")) is not None}
         for way in ways
     }
-    for share in ("0.5", "0.25"):
-        tested = {way: {seed: cell["test"][share] for seed, cell in found.items()} for way, found in cells.items()}
-        for way in ("with", "frozen"):
-            bar = f"ResNet-20, {share} of the weights: ranked by {ways[way]}, less by size, mean on test"
-            differences = paired(tested[way], tested["without"])
-            if differences:
-                value, count = statistics.mean(differences), len(differences)
-                _judged(bench, bar, value, 0.0, f"{count} of 3 seeds", finished=count == 3)
-            else:
-                bench.not_run(bar, 0.0, "points", NOT_YET)
+    kept = {str(share): f"{share} of every layer's weights" for share in KEEPS}
+    kept[f"{WHOLE} of all"] = f"{WHOLE} of all layers' weights together"
+    for key, what in kept.items():
+        tested = {way: {seed: cell["test"][key] for seed, cell in found.items()} for way, found in cells.items()}
+        bar = f"ResNet-20, {what} kept: ranked by learned noise less by size, mean on test after recovery"
+        differences = paired(tested["with"], tested["without"])
+        if differences:
+            value, count = statistics.mean(differences), len(differences)
+            _judged(bench, bar, value, 0.0, f"{count} of 3 seeds", finished=count == 3)
+        else:
+            bench.not_run(bar, 0.0, "points", NOT_YET)
+    if not all(cells.values()):
+        return
+    bench.details["Single weights: test % after recovery (mean over seeds) by what is kept"] = [
+        {"ranked": ways[way], "seconds of learning": round(_mean(list(found.values()), "learning_s"))}
+        | {what: round(statistics.mean(c["test"][key] for c in found.values()), 2) for key, what in kept.items()}
+        for way, found in cells.items()
+    ]
     bench.details["Single weights, select-val % before recovery (mean over seeds) by the share that stays"] = [
         {"ranked": ways[way], "all": round(_mean(list(found.values()), "select"), 2)}
         | {
@@ -263,7 +268,6 @@ def _dropout(bench: Benchmark, known: Mapping[str, Cell]) -> None:
             for k in _first(found)["select_before"]
         }
         for way, found in cells.items()
-        if found
     ]
 
 

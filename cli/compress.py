@@ -86,11 +86,12 @@ from edgecompress.cli.flags import switch
     help="Reward of stage 2, by the same names.",
 )
 @click.option(
-    "--finetune-epochs", type=click.IntRange(min=1), default=8, show_default=True, help="Recovery after pruning."
+    "--finetune-epochs", type=click.IntRange(min=1), default=12, show_default=True, help="Recovery after pruning."
 )
 @click.option(
-    "--noise-epochs", type=click.IntRange(min=0), default=3, show_default=True, help="Information dropout; 0 skips it."
-)
+    "--noise-epochs", type=click.IntRange(min=0), default=0, show_default=True,
+    help="Information dropout, which says what single weights may go; without it their size does.",
+)  # fmt: skip
 @switch("two-four", help="Keep two of four neighbouring input channels of every weight, for sparse kernels (Ampere).")
 @click.option(
     "--ranges", default="mse", show_default=True,

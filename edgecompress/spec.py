@@ -394,8 +394,8 @@ class Config(Document):
     single_weights: bool | None = None
     prune_reward: str = "accuracy-flops-latency"
     quantize_reward: str = "accuracy-bytes-latency"
-    finetune_epochs: int = Field(default=8, ge=1)
-    noise_epochs: int = Field(default=3, ge=0)
+    finetune_epochs: int = Field(default=12, ge=1)
+    noise_epochs: int = Field(default=0, ge=0)
     two_four: bool = False
     ranges: str = "mse"
     equalise: bool = False

@@ -31,7 +31,7 @@ from edgecompress.runs import RunFolder
 from edgecompress.spec import Config
 from edgecompress.trace import trace
 
-TINY = {"episodes": 12, "finetune_epochs": 1, "noise_epochs": 0, "qat_epochs": 1, "threads": 1}
+TINY = {"episodes": 12, "finetune_epochs": 1, "qat_epochs": 1, "threads": 1}
 
 
 class Notes(Silent):

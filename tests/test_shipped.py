@@ -14,7 +14,7 @@ from edgecompress import shipped
 from edgecompress.errors import BadFileError, BadModelError
 from edgecompress.runs import RunFolder
 
-LITTLE = {"episodes": 12, "finetune_epochs": 1, "noise_epochs": 0, "qat_epochs": 0, "threads": 1}
+LITTLE = {"episodes": 12, "finetune_epochs": 1, "qat_epochs": 0, "threads": 1}
 
 
 @pytest.fixture

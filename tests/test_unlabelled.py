@@ -46,7 +46,7 @@ def ran(quick: None, place: Path) -> tuple[Called, Path]:
     called = call(
         "compress", "--model", "sample_networks:residual", "--weights", place / "weights.safetensors", "--data",
         place / "photos", "--preprocessing", place / "how.json", "--target", "x86", "--budget", "flops=0.7x,size=0.6x",
-        "--episodes", "8", "--finetune-epochs", "1", "--noise-epochs", "0", "--qat-epochs", "1", "--threads", "1",
+        "--episodes", "8", "--finetune-epochs", "1", "--qat-epochs", "1", "--threads", "1",
         "--progress", "plain", "--max-accuracy-drop", "100", "--runs", place / "runs", "--name", "first",
     )  # fmt: skip
     assert called.code == 0, called.err

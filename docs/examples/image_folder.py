@@ -52,7 +52,7 @@ def main():
     run = edgecompress.compress(
         "resnet8", str(root), target="x86", budget="flops=0.6x", weights="resnet8.safetensors",
         name="image-folder", overwrite=True,
-        episodes=8, finetune_epochs=1, noise_epochs=0, qat_epochs=1,  # small, to be quick; leave these out for real
+        episodes=8, finetune_epochs=1, qat_epochs=1,  # small, to be quick; leave these out for real
     )  # fmt: skip
     after = run.report.compressed
     print(f"accuracy {run.report.original.accuracy:.1%} -> {after.accuracy:.1%} on the folder's test images")

@@ -46,7 +46,7 @@ def main():
     data = load_data("digits")
     run = edgecompress.compress(
         trained(data), data, target="x86", budget="flops=0.6x", name="own-model", overwrite=True,
-        episodes=8, finetune_epochs=2, noise_epochs=0, qat_epochs=1,  # small, to be quick; leave these out for real
+        episodes=8, finetune_epochs=2, qat_epochs=1,  # small, to be quick; leave these out for real
     )  # fmt: skip
     before, after = run.report.original, run.report.compressed
     print(f"accuracy {before.accuracy:.1%} -> {after.accuracy:.1%}, {before.cost.macs:,} -> {after.cost.macs:,} MACs")

@@ -92,7 +92,7 @@ def main():
     data = load_data("own_task:images", task=DETECTION)  # the function above; a module of yours works the same
     run = edgecompress.compress(
         trained(data), data, target="x86", budget="flops=0.6x", name="own-task", overwrite=True,
-        episodes=8, finetune_epochs=2, noise_epochs=0, qat_epochs=1, threads=1,  # small, to be quick; leave these out for real
+        episodes=8, finetune_epochs=2, qat_epochs=1, threads=1,  # small, to be quick; leave these out for real
     )  # fmt: skip
     told, before, after = run.report.score, run.report.original, run.report.compressed
     print(f"{told.name} {told.text(before.accuracy)} -> {told.text(after.accuracy)}")

@@ -77,7 +77,7 @@ def main():
     data = load_data(str(root), task=SEGMENTATION)  # on the command line: --data shapes --task segmentation
     run = edgecompress.compress(
         trained(data), data, target="x86", budget="flops=0.6x", name="segmentation", overwrite=True,
-        episodes=8, finetune_epochs=2, noise_epochs=0, qat_epochs=1, threads=1,  # small, to be quick; leave these out for real
+        episodes=8, finetune_epochs=2, qat_epochs=1, threads=1,  # small, to be quick; leave these out for real
     )  # fmt: skip
     score, before, after = run.report.score, run.report.original, run.report.compressed
     print(f"{score.name} {score.text(before.accuracy)} -> {score.text(after.accuracy)}")

@@ -21,7 +21,7 @@ OTHER = {
     "task": "segmentation", "unlabelled": True, "preprocessing": "data",
     "trust": True, "download": True, "target": "x86", "budget": "flops=0.25x", "max_accuracy_drop": 1.5,
     "stages": ["prune"], "agent": "td3", "episodes": 9, "seed": 5, "importance": "l1", "prune_reward": "paper",
-    "quantize_reward": "accuracy", "finetune_epochs": 2, "noise_epochs": 0, "qat_epochs": 1, "learning_rate": 0.5, "ema": 0.9,
+    "quantize_reward": "accuracy", "finetune_epochs": 2, "noise_epochs": 2, "qat_epochs": 1, "learning_rate": 0.5, "ema": 0.9,
     "batch_size": 16, "table": "t.csv", "require_measured": True, "allow_mismatch": True, "threads": 77, "device": "cpu",
     "ranges": "entropy", "equalise": True, "bias_correction": True, "reconstruct": False, "single_weights": True, "two_four": True,
     "learned_rounding": True, "pin_bits": "fc=8", "free_activations": True, "reward_steps": 3, "alternate": 1,

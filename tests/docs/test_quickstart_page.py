@@ -13,7 +13,7 @@ from edgecompress.report_rows import percent
 from edgecompress.runs import RunFolder
 
 PAGE = "quickstart.md"
-SMALL = {"episodes": 8, "finetune_epochs": 1, "noise_epochs": 0, "qat_epochs": 1, "threads": 1}
+SMALL = {"episodes": 8, "finetune_epochs": 1, "qat_epochs": 1, "threads": 1}
 
 
 def commands() -> list[list[str]]:
