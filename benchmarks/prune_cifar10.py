@@ -35,10 +35,12 @@ from prune_rows import (
 from edgecompress.episodes import RECALIBRATION_IMAGES
 from edgecompress.finetune import TrainSettings
 from edgecompress.spaces import Choice
+from edgecompress.training_state import precision_on
 
 KINDS = ("search", "finetune", "conditioned", "reference_loop", "early_stop", "aware", "cost", "resnet56", "dropout")
 TUNING, TUNING_IMAGES = TrainSettings(epochs=3, learning_rate=0.02, batch_size=128), 10_000
-TUNING_56, TUNING_56_IMAGES = TrainSettings(epochs=8, learning_rate=0.02, batch_size=128), 30_000
+TUNING_56 = TrainSettings(epochs=8, learning_rate=0.02, batch_size=128, precision="fp32")  # as its cells began
+TUNING_56_IMAGES = 30_000
 Job = tuple[str, str, Callable[[], Cell | None]]  # kind, name of the cell, what computes it (None: not possible yet)
 
 
@@ -82,7 +84,8 @@ def finetune_cells(lab: Lab, known: dict[str, Cell]) -> Iterator[Job]:
 
 def _fine_tune(lab: Lab, choice: Choice, seed: int) -> Cell:
     model, _ = fine_tuned(lab, choice, replace(TUNING, seed=seed), TUNING_IMAGES)
-    return {"test": round(100 * lab.measure(model, "test").accuracy, 3)}
+    precision = precision_on(torch.device("cpu"), TUNING.precision, model)
+    return {"test": round(100 * lab.measure(model, "test").accuracy, 3), "precision": precision}
 
 
 def later_cells(lab: Lab, known: dict[str, Cell], wanted: argparse.Namespace) -> Iterator[Job]:
