@@ -223,3 +223,19 @@ def test_refreshed_batchnorm_has_no_noise_in_it():
     with torch.no_grad():
         outputs = model.stem[0](data.normalise(data.train.images))
     assert torch.allclose(model.stem[1].running_mean, outputs.mean((0, 2, 3)), atol=1e-4)
+
+
+@pytest.mark.parametrize("halved", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_noise_fits_its_input_in_every_layout_and_is_new_at_every_pass(layout, halved):
+    """Halves of channels, as ShuffleNet's blocks read them, lie with gaps in memory."""
+    torch.manual_seed(0)
+    x = torch.ones(64, 8, 6, 6).contiguous(memory_format=layout)
+    x = x.chunk(2, dim=1)[1] if halved else x
+    layer = NoisyLayer(torch.nn.Conv2d(x.shape[1], 16, 3, padding=1, bias=False)).train()
+    with torch.no_grad():
+        drawn = torch.stack([layer(x) for _ in range(50)])
+        quiet = layer.eval()(x)
+    off, spread = drawn - quiet, drawn.std(0)
+    assert off.shape == (50, *quiet.shape) and float(spread.min()) > 0.3 * float(spread.mean())
+    assert abs(float(off.mean())) < 0.05 * float(spread.mean()) and not torch.equal(drawn[0], drawn[1])
