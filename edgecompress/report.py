@@ -32,6 +32,7 @@ from edgecompress.spec import (
     RunReport,
     Trial,
 )
+from edgecompress.training_state import precision_on
 
 UNITS = {"flops": "MACs", "params": "parameters", "size": "B", "bops": "BOPs", "latency": "us"}
 
@@ -107,8 +108,13 @@ def report_on(
         evaluations=_evaluations(_trials(job.run, rounds)),
         rounds=rounds,
         seconds=dict(seconds),
-        provenance=provenance(job.config.threads) | {"trained on": device_title(device_by_name(job.config.device))},
+        provenance=provenance(job.config.threads) | {"trained on": _trained_on(job)},
     )
+
+
+def _trained_on(job: Job) -> str:
+    device = device_by_name(job.config.device)
+    return f"{device_title(device)}, {precision_on(device, 'auto', job.original)}"
 
 
 def _as_run(job: Job, name: str, artifacts: Mapping[str, Artifact], policy: CompressionPolicy) -> CompressionPolicy:
