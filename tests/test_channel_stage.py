@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from sample_networks import Residual, patterns, settled
 
-from edgecompress.channel_stage import SHORT_EPOCHS, _short_finetune, finalists_of
+from edgecompress.channel_stage import SHORT_EPOCHS, _short_finetune
 from edgecompress.cost import count
 from edgecompress.job import Job, pruner_of
 from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.progress import Silent
 from edgecompress.runs import RunFolder
-from edgecompress.spec import CompressionPolicy, Config, Cost, Trial
+from edgecompress.spec import CompressionPolicy, Config
 from edgecompress.trace import trace
 
 
@@ -66,24 +66,3 @@ def test_finalist_goes_on_after_its_last_epoch_and_is_trained_once(job_in, tmp_p
     other = policy.model_copy(update={"keep_channels": {}})
     job = job_in(tmp_path / "killed", again)
     assert _short_finetune(job, other, pruner_of(job)) != whole and again.epochs == SHORT_EPOCHS
-
-
-def trial(number: int, reward: float, params: int, *, abandoned: bool = False) -> Trial:
-    cost = Cost(macs=100, sparse_macs=100, params=params, nonzeros=params, size_bytes=params, bops=100)
-    return Trial(
-        stage="prune", episode=number, arm="ddpg", choice=(number,), accuracy=reward, loss=0.1, reward=reward, cost=cost,
-        abandoned=abandoned,
-    )  # fmt: skip
-
-
-def test_one_finalist_is_the_policy_that_promises_most_after_a_training():
-    """A tenth more parameters is worth a point of accuracy before it, and one that was given up promises nothing."""
-    best = [trial(0, 0.80, 1000), trial(1, 0.79, 1000), trial(2, 0.785, 1000)]
-    others = [trial(3, 0.70, 1500), trial(4, 0.77, 1400), trial(5, 0.79, 3000, abandoned=True)]
-    assert [t.episode for t in finalists_of(best + others, best)] == [0, 1, 4]
-
-
-def test_finalists_are_the_three_best_where_one_of_them_promises_most():
-    best = [trial(0, 0.80, 1000), trial(1, 0.79, 1200), trial(2, 0.785, 1000)]
-    assert [t.episode for t in finalists_of(best, best)] == [0, 1, 2]
-    assert [t.episode for t in finalists_of(best[:1], best[:1])] == [0]
