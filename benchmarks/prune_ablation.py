@@ -39,7 +39,7 @@ def without_single_weights(lab: Lab, tuned: nn.Module, choice: Choice, seed: int
 
     Args:
         ranked: what ranks the weights. ``with``: log-alpha after a training under noise. ``without``: their size after as
-            many epochs without noise, which take a seventh of the time.
+            many epochs without noise.
 
     Then all recover alike.
     """
