@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from edgecompress.baselines import Tables
 from edgecompress.cost import CostModel, LatencyModel, SizeModel, count
 from edgecompress.data import Dataset, Split
+from edgecompress.devices import device_by_name
 from edgecompress.errors import GoalMissedError
 from edgecompress.finetune import TrainSettings, accuracy_and_loss
 from edgecompress.judge import Judge
@@ -35,6 +36,7 @@ from edgecompress.spec import (
     Trial,
 )
 from edgecompress.trace import Traced
+from edgecompress.training_state import precision_on
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,8 @@ def pruner_of(job: Job) -> Callable[[CompressionPolicy], nn.Module]:
 
 
 def train_settings(job: Job, epochs: int, rate: float = 1.0) -> TrainSettings:
+    """Of every training of a run. The original decides the precision for all of them: the network that learns its steps is one
+    module, in which convolutions cannot be seen."""
     return TrainSettings(
         epochs=epochs,
         learning_rate=job.config.learning_rate * rate,
@@ -122,6 +126,7 @@ def train_settings(job: Job, epochs: int, rate: float = 1.0) -> TrainSettings:
         seed=job.config.seed,
         ema=job.config.ema,
         device=job.config.device,
+        precision=precision_on(device_by_name(job.config.device), "auto", job.original),
     )
 
 

@@ -21,8 +21,8 @@ from edgecompress.channel_stage import SHORT_EPOCHS, channels_of, prune_stage
 from edgecompress.cost import LatencyModel
 from edgecompress.envs import PolicyEnv
 from edgecompress.exporters.sizes import PlannedSize
-from edgecompress.finetune import TrainSettings, train
-from edgecompress.job import Job, pruner_of
+from edgecompress.finetune import train
+from edgecompress.job import Job, pruner_of, train_settings
 from edgecompress.learned_steps import LearnedSteps
 from edgecompress.pipeline import saved_graph
 from edgecompress.prepare import at_8_bits, calibration_batches
@@ -248,9 +248,7 @@ def one_training(
         return penalty(progress) if penalty is not None else torch.zeros(())
 
     # The rate is next to nothing: weights that are not trained yet must not run away while they are timed.
-    settings = TrainSettings(
-        epochs=1, learning_rate=1e-9, batch_size=size, seed=job.config.seed, device=job.config.device
-    )  # fmt: skip
+    settings = replace(train_settings(job, 1), learning_rate=1e-9)
     train(model, few, settings, teacher=teacher, penalty=at_loss)
     step_s = times[-1] - times[-2]
     return PlannedTraining(part=part, title=title, epochs=epochs, steps=math.ceil(images / size), step_s=step_s)

@@ -15,7 +15,7 @@ from edgecompress.evaluation import scored
 from edgecompress.exporters.artifacts import open_artifact
 from edgecompress.exporters.runners import measure_latency_us
 from edgecompress.files import write_document, write_text
-from edgecompress.job import Job
+from edgecompress.job import Job, train_settings
 from edgecompress.report_latency import at_bits, host_model, layer_latencies, predicted
 from edgecompress.runs import ORIGINAL, ORIGINAL_INT8, RunFolder
 from edgecompress.spec import (
@@ -32,7 +32,6 @@ from edgecompress.spec import (
     RunReport,
     Trial,
 )
-from edgecompress.training_state import precision_on
 
 UNITS = {"flops": "MACs", "params": "parameters", "size": "B", "bops": "BOPs", "latency": "us"}
 
@@ -113,8 +112,7 @@ def report_on(
 
 
 def _trained_on(job: Job) -> str:
-    device = device_by_name(job.config.device)
-    return f"{device_title(device)}, {precision_on(device, 'auto', job.original)}"
+    return f"{device_title(device_by_name(job.config.device))}, {train_settings(job, 1).precision}"
 
 
 def _as_run(job: Job, name: str, artifacts: Mapping[str, Artifact], policy: CompressionPolicy) -> CompressionPolicy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 
 from edgecompress.errors import EdgeCompressError, UnknownNameError
 from edgecompress.finetune import TrainSettings, _schedule, accuracy_and_loss, reference_model, train
+from edgecompress.job import train_settings
+from edgecompress.spec import Config
 from edgecompress.training_state import precision_on
 from edgecompress.variational import kl_penalty, with_noise
 
@@ -310,6 +313,15 @@ def test_precision_follows_the_device_and_on_a_cpu_the_network(monkeypatch, devi
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
     model = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, groups=groups))
     assert precision_on(torch.device(device), wanted, model) == found
+
+
+@pytest.mark.parametrize(("groups", "precision"), [(1, "bf16"), (4, "fp32")])
+def test_all_trainings_of_a_run_take_the_precision_of_its_original(monkeypatch, data, groups, precision):
+    """The one of the steps, too, in whose network no convolution can be seen."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    original = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, groups=groups))
+    job = SimpleNamespace(config=Config(budget="flops=0.5x", device="cpu"), data=data, original=original)
+    assert train_settings(job, 1).precision == precision
 
 
 def test_unknown_precision_names_the_known_ones():

@@ -114,7 +114,7 @@ def test_only_distillation_trains(place):
 
     data = load_data(str(place / "photos"))
     assert not data.labelled and data.task.score_name == "agreement with the original"
-    job = SimpleNamespace(config=Config(budget="flops=0.5x"), data=data)
+    job = SimpleNamespace(config=Config(budget="flops=0.5x"), data=data, original=torch.nn.Identity())
     assert train_settings(job, 1).distill == 1.0
 
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import call
 
 from edgecompress.cli.compress import command
@@ -196,5 +197,9 @@ def test_another_batch_size_trains_in_other_steps(digits):
 
     from edgecompress.job import train_settings
 
-    job = SimpleNamespace(config=Config(budget="flops=0.5x", batch_size=8), data=SimpleNamespace(labelled=True))
+    job = SimpleNamespace(
+        config=Config(budget="flops=0.5x", batch_size=8),
+        data=SimpleNamespace(labelled=True),
+        original=torch.nn.Identity(),
+    )
     assert train_settings(job, 3).batch_size == 8
