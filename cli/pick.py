@@ -33,13 +33,13 @@ def command(run: Path, budget: str | None, stage: str, as_json: bool) -> None:
     import json
 
     from edgecompress.errors import GoalMissedError
-    from edgecompress.pareto import pick
+    from edgecompress.pareto import check_precision, pick
     from edgecompress.runs import RunFolder
     from edgecompress.spec import parse_budgets
 
     folder = RunFolder(run)
     budgets = parse_budgets(budget) if budget else ()
-    folder.config()  # refuses what is no run
+    check_precision(folder.config(), budgets, str(run))
     found = pick(folder.trials(), "quantize" if stage == "quantize" else "prune", budgets, str(run))
     if as_json:
         click.echo(json.dumps({
@@ -64,8 +64,10 @@ def _show(found: Pick) -> None:
         cost = trial.cost
         latency = f"{cost.latency_us:,.0f} us" if cost.latency_us is not None else "–"
         table.add_row(
-            "→" if trial == found.trial else "", f"{trial.accuracy:.4f}", f"{cost.macs:,}", f"{cost.params:,}",
+            "→" if trial == found.trial else "", f"{trial.believed:.4f}", f"{cost.macs:,}", f"{cost.params:,}",
             f"{cost.size_bytes:,}", latency, trial.arm,
         )  # fmt: skip
     console.print(table)
-    console.print("Accuracy is that of the search, before any training.", style="dim", highlight=False)
+    console.print(
+        "Accuracy is what the search expects on other images, before any training.", style="dim", highlight=False
+    )

@@ -110,15 +110,15 @@ def chip_importance(model: nn.Module, traced: Traced, data: Dataset | None = Non
     model = copy.deepcopy(model).eval()
     seen: dict[str, list[Tensor]] = {}
 
-    def note(name: str, x: Tensor) -> None:
-        # A linear layer sees one number per channel and image: there the images are the pixels.
-        rows = x.flatten(2) if x.dim() == 4 else x.flatten(0, -2).t()[None]
+    def note(name: str, layer: nn.Module, x: Tensor) -> None:
+        # A linear layer's channels come last, and what lies before them, images too, are its pixels.
+        rows = x.flatten(0, -2).t()[None] if isinstance(layer, nn.Linear) else x.flatten(2)
         left, sizes, _ = torch.linalg.svd(rows, full_matrices=False)
         seen.setdefault(name, []).append((left.pow(2) * sizes[:, None]).sum(2).sum(0))
 
     names = {cut.module for cut, _ in _readers(model, traced)}
     for name in names:
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))
+        model.get_submodule(name).register_forward_pre_hook(lambda layer, args, name=name: note(name, layer, args[0]))
     with torch.no_grad():
         for x, _ in _images(data, CHIP_IMAGES, TAYLOR_BATCH):
             model(x)

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from edgecompress.errors import BadFileError, GoalMissedError
+from edgecompress.errors import BadFileError, GoalMissedError, UsageError
 from edgecompress.reward import Reward
 from edgecompress.scoring import keeps
 from edgecompress.spaces import SearchSpace
-from edgecompress.spec import Budget, Cost, Stage, Trial
+from edgecompress.spec import Budget, Config, Cost, Stage, Trial, parse_budgets
 
 
 def pareto_set(trials: Sequence[Trial]) -> list[Trial]:
     """The trials that no other one dominates: at least as accurate and as cheap in every metric, and better in one.
 
-    Metrics are accuracy, MACs, parameters, bytes, BOPs and, where it is known, latency. Abandoned trials are left out; of
-    equal ones the first stays. In order of falling accuracy.
+    Metrics are the accuracy that the search believes in, MACs, parameters, bytes, BOPs and, where it is known, latency.
+    Abandoned trials are left out; of equal ones the first stays. In order of falling accuracy.
     """
     whole = [trial for trial in trials if not trial.abandoned]
     points = {trial.choice: _point(trial) for trial in reversed(whole)}
@@ -26,13 +26,13 @@ def pareto_set(trials: Sequence[Trial]) -> list[Trial]:
         if not any(_dominates(points[other.choice], points[trial.choice]) for other in whole)
         and not any(points[other.choice] == points[trial.choice] for other in whole[:place])
     ]
-    return sorted(kept, key=lambda trial: (-trial.accuracy, trial.cost.macs))
+    return sorted(kept, key=lambda trial: (-trial.believed, trial.cost.macs))
 
 
 def _point(trial: Trial) -> tuple[float, ...]:
     cost: Cost = trial.cost
     latency = (cost.latency_us,) if cost.latency_us is not None else ()
-    return (-trial.accuracy, cost.macs, cost.params, cost.size_bytes, cost.bops, *latency)
+    return (-trial.believed, cost.macs, cost.params, cost.size_bytes, cost.bops, *latency)
 
 
 def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
@@ -68,6 +68,22 @@ def pick(trials: Sequence[Trial], stage: Stage, budgets: Sequence[Budget], run: 
     front = pareto_set(mine)
     within = [trial for trial in front if all(trial.cost.metric(metric) <= value for metric, value in limits)]
     return Pick(tuple(front), within[0] if within and budgets else None)
+
+
+def check_precision(config: Config, budgets: Sequence[Budget], run: str = "the run") -> None:
+    """Refuse a latency at a precision that the run's own budget does not name: its trials are priced at one precision alone.
+
+    Raises:
+        UsageError: a budget names such a precision.
+    """
+    priced = {budget.precision for budget in parse_budgets(config.budget)}
+    for budget in budgets:
+        if budget.precision not in {None, *priced}:
+            raise UsageError(
+                f"The trials of {run} are not priced at {budget.precision}, which '{budget}' asks for. Leave "
+                f"'@{budget.precision}' out to choose at the precision they are priced at, or price them anew: edgecompress "
+                f"compress --pick {run} --budget {budget.metric}@{budget.precision}=..."
+            )
 
 
 def picked(space: SearchSpace, trials: Sequence[Trial], stage: Stage, reward: Reward, original: Cost) -> list[Trial]:

@@ -198,14 +198,16 @@ def calibration_warnings(data: Dataset) -> list[str]:
 
 
 def validation_warnings(data: Dataset) -> list[str]:
-    """That the search cannot tell policies apart, where an accuracy near 90 % has a standard error above 3 points."""
-    images = len(data.search_val)
-    error = (0.9 * 0.1 / images) ** 0.5
-    if not data.task.percent or error <= 0.03:
+    """That policies are not told apart, where an accuracy near 90 % has a standard error above 3 points."""
+    if not data.task.percent:
         return []
+    judged = {"the search judges policies": data.search_val, "the best of them is chosen": data.select_val}
+    errors = {what: (0.9 * 0.1 / len(split)) ** 0.5 for what, split in judged.items()}
     return [
-        f"the search judges policies on {images} images: near 90 % the standard error of {data.task.score_name} is "
+        f"{what} on {len(judged[what])} images: near 90 % the standard error of {data.task.score_name} is "
         f"{100 * error:.1f} points, and policies that differ by less are not told apart; give more images"
+        for what, error in errors.items()
+        if error > 0.03
     ]
 
 

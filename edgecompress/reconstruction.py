@@ -127,7 +127,10 @@ def _inputs_of(layer: nn.Module) -> int:
 def _patches(layer: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
     """What ``layer`` reads at sampled positions of ``x``: ``[images * positions, D]``, in the order of its weight."""
     if isinstance(layer, nn.Linear):
-        return x.flatten(0, -2)
+        rows = x.reshape(len(x), -1, x.shape[-1])
+        if rows.shape[1] > POSITIONS:
+            rows = rows[:, torch.randperm(rows.shape[1], generator=generator)[:POSITIONS]]
+        return rows.flatten(0, 1)
     assert isinstance(layer, nn.Conv2d)
     padded = F.pad(x, layer._reversed_padding_repeated_twice)
     (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation

@@ -14,6 +14,7 @@ from edgecompress.job import Job, checkpoint_of, pruner_of, train_settings
 from edgecompress.prune import reestimate_batchnorm
 from edgecompress.spec import (
     CompressionPolicy,
+    Config,
     LayerChoice,
 )
 from edgecompress.variational import (
@@ -82,7 +83,7 @@ def _without_noisy_weights(
         keep = {name: chosen.get(name, (1 + fraction) / 2) for name, fraction in keep.items()}
         sparse = prune_elements(model, noise, keep, pattern)
     hold_zeros(sparse)
-    epochs = max(2, job.config.finetune_epochs // 2)
+    epochs = sparse_epochs(job.config)
     job.progress.stage("Fine-tune the remaining weights", epochs)
     train(
         sparse, job.data, train_settings(job, epochs, 0.5), teacher=job.original,
@@ -90,6 +91,11 @@ def _without_noisy_weights(
     )  # fmt: skip
     layers = {name: LayerChoice(keep_elements=_nonzero(sparse, name)) for name in keep}
     return copy.deepcopy(_released(sparse)), policy.model_copy(update={"layers": layers})
+
+
+def sparse_epochs(config: Config) -> int:
+    """Epochs of the training after single weights are removed."""
+    return max(2, config.finetune_epochs // 2)
 
 
 def _two_four_layers(job: Job, model: nn.Module) -> list[str]:

@@ -28,6 +28,7 @@ from edgecompress.pipeline import saved_graph
 from edgecompress.prepare import at_8_bits, calibration_batches
 from edgecompress.progress import Progress
 from edgecompress.quantize import Simulator, calibrate
+from edgecompress.recover import sparse_epochs
 from edgecompress.spaces import SearchSpace
 from edgecompress.spec import CompressionPolicy, Frozen, LayerChoice, Stage, Trial
 from edgecompress.variational import kl_penalty, with_noise
@@ -104,7 +105,8 @@ def rehearse(job: Job, latency: LatencyModel, size: PlannedSize, progress: Progr
         policy = channels_of(timed, cost).to_policy(first.uniform.choice)
         smaller = pruner_of(job)(policy)
         progress.stage("Time a step of every training", 1)
-        trainings += _after_pruning(job, smaller)
+        single_weights = len(spaces[0].levels) > len(job.network.prunable_groups)
+        trainings += _after_pruning(job, smaller, sparse=single_weights or config.two_four)
     if job.integer:
         progress.stage("Time stage 2", 1)
         graph = saved_graph(job, smaller, policy)
@@ -206,8 +208,8 @@ def _agent_seconds(job: Job, space: SearchSpace) -> float:
 # --------------------------------------------------------------------------------------------------- the trainings
 
 
-def _after_pruning(job: Job, smaller: nn.Module) -> Iterator[PlannedTraining]:
-    """Every training of stage 1, at its longest."""
+def _after_pruning(job: Job, smaller: nn.Module, *, sparse: bool) -> Iterator[PlannedTraining]:
+    """Every training of stage 1, at its longest; ``sparse``: single weights may go without any noise being learned."""
     config, teacher = job.config, job.original
     plain = one_training(
         job, "prune", "Fine-tune the finalists", FINALISTS * SHORT_EPOCHS, copy.deepcopy(smaller), teacher=teacher
@@ -224,7 +226,8 @@ def _after_pruning(job: Job, smaller: nn.Module) -> Iterator[PlannedTraining]:
 
         title = "Learn the noise of units and weights"
         yield one_training(job, "prune", title, config.noise_epochs, noisy, teacher=teacher, penalty=penalty)
-        epochs = max(2, config.finetune_epochs // 2)
+    if config.noise_epochs or sparse:
+        epochs = sparse_epochs(config)
         yield plain.model_copy(update={"title": "Fine-tune the remaining weights", "epochs": epochs})
 
 

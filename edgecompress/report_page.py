@@ -225,9 +225,9 @@ def _pareto(report: RunReport, trials: Sequence[Trial], colours: Mapping[str, in
     marks = [
         charts.Mark(
             x=cost_of(trial),
-            y=score.shown(trial.accuracy),
+            y=score.shown(trial.believed),
             colour=colours[trial.arm],
-            label=f"{trial.arm}, trial {trial.episode}: {score.text(trial.accuracy)} at {axis.write(cost_of(trial))}",
+            label=f"{trial.arm}, trial {trial.episode}: {score.text(trial.believed)} at {axis.write(cost_of(trial))}",
             hollow=not words.fits(report, trial),
             chosen=trial is built,
             small=trial.choice not in unbeaten,
@@ -237,11 +237,11 @@ def _pareto(report: RunReport, trials: Sequence[Trial], colours: Mapping[str, in
     limit = next((goal.limit for goal in report.goals if goal.goal.startswith(f"{metric}=")), None)
     label = f"{score.title} against {axis.title} of {len(trials)} trials."
     if built is not None:
-        label += f" Built: {score.text(built.accuracy)} at {axis.write(cost_of(built))}."
+        label += f" Built: {score.text(built.believed)} at {axis.write(cost_of(built))}."
     return charts.chart(
         marks,
         charts.Axis(f"{axis.title} →", _tick(axis.write)),
-        charts.Axis(f"search-val {score.name}{', %' if score.percent else ''}", _plain),
+        charts.Axis(f"expected {score.name}{', %' if score.percent else ''}", _plain),
         label,
         line=_rising(sorted((mark.x, mark.y) for mark in marks)),
         limit=(limit, "budget") if limit is not None else None,

@@ -22,7 +22,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Cost], float | None], Callable[[float]
 
 @dataclass(frozen=True)
 class Row:
-    """One trial of the set: its score, its costs as text, and whether it was built and keeps the budgets."""
+    """One trial of the set: the score that the search believes in, its costs as text, and whether it was built and keeps the budgets."""
 
     trial: Trial
     score: str
@@ -58,7 +58,7 @@ def front(
     rows = tuple(
         Row(
             trial=trial,
-            score=report.score.text(trial.accuracy),
+            score=report.score.text(trial.believed),
             costs=tuple(write(cost_of(trial.cost) or 0.0) for _, cost_of, write in shown),
             colour=colours[trial.arm],
             built=trial is built,

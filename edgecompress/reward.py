@@ -15,6 +15,7 @@ Reward = Callable[[float, Cost, Cost], float]
 def accuracy_flops_latency(accuracy: float, cost: Cost, original: Cost) -> float:
     """The default: ``R = acc - 0.02 * (flops / flops_0 + latency / latency_0 + size / size_0)``.
 
+    Ours: accuracy and FLOPs together as in the paper (Zhan, Lin and Cao, arXiv 1912.02254), latency and bytes beside them.
     The FLOPs are dense: zeros save none. The size is that after both prunings, so single weights are worth removing. The
     budget is kept by projection, so the cost terms only break ties between policies of equal accuracy: a tenth of
     the FLOPs is worth 0.2 points of accuracy. Without a latency or a size model its term is absent.
@@ -30,8 +31,9 @@ def accuracy_flops_latency(accuracy: float, cost: Cost, original: Cost) -> float
 def accuracy_bytes_latency(accuracy: float, cost: Cost, original: Cost) -> float:
     """The default of stage 2: ``R = acc - 0.02 * (size / size_0 + latency / latency_0 + 16 * bops / bops_0)``.
 
-    The original is float, so 16 makes the last term BOPs relative to 8-bit weights and inputs. As in stage 1 the terms
-    break ties: half the weight bits of a half-pruned network are worth 0.3 points of accuracy.
+    Ours, in the form of stage 1's. The original is float, so 16 makes the last term BOPs relative to 8-bit weights and
+    inputs. As in stage 1 the terms break ties: half the weight bits of a half-pruned network are worth 0.3 points of
+    accuracy.
     """
     penalty = cost.size_bytes / max(original.size_bytes, 1) + 16 * cost.bops / max(original.bops, 1)
     if cost.latency_us is not None and original.latency_us:
@@ -40,7 +42,7 @@ def accuracy_bytes_latency(accuracy: float, cost: Cost, original: Cost) -> float
 
 
 def paper(accuracy: float, cost: Cost, original: Cost) -> float:
-    """Our reading of the paper (accuracy and FLOPs together): ``R = -(1 - acc) * ln(sparse MACs)``.
+    """Our reading of the paper (arXiv 1912.02254, accuracy and FLOPs together): ``R = -(1 - acc) * ln(sparse MACs)``.
 
     AMC's accuracy-guaranteed form (He et al. 2018, section 3.3) on the multiply-adds left after both prunings.
     """

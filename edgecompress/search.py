@@ -98,6 +98,8 @@ def search_budgets(
         )
     if any((space.names, space.levels) != (spaces[0].names, spaces[0].levels) for space in spaces):
         raise UsageError("Budgets can be searched together only over the same actions; these spaces differ in more.")
+    if any(space.cost is not spaces[0].cost for space in spaces):
+        raise UsageError("Budgets can be searched together only at one price; give all spaces the same cost model.")
     for space in spaces:
         space.check_reachable()
     torch.manual_seed(settings.seed)

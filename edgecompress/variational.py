@@ -42,7 +42,8 @@ class NoisyLayer(nn.Module):
         if not self.training:
             result: Tensor = self.layer(x)
             return result
-        shape = (1, -1, *(1,) * (x.dim() - 2))
+        # The channels of a convolution come first, those of a linear layer last (ConvNeXt's see images, too).
+        shape = (-1,) if isinstance(self.layer, nn.Linear) else (-1, 1, 1)
         alpha = 0.001 + ALPHA_MAX * torch.sigmoid(x.detach() * self.gain.view(shape) + self.offset.view(shape))
         self.unit_kl = -(alpha / (0.001 + ALPHA_MAX)).log().sum() / len(x)
         x = x * (alpha * _standard_noise(x)).exp()

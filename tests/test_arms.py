@@ -115,6 +115,9 @@ def test_several_budgets_need_an_agent_that_sees_them_and_the_same_actions():
     with pytest.raises(UsageError, match="only over the same actions"):
         spaces = [simple_space(500), simple_space(500, levels=(8, 16))]
         search_budgets(spaces, Landscape(), reward, ORIGINAL, SearchSettings(stage="prune"))
+    with pytest.raises(UsageError, match="only at one price"):
+        spaces = [simple_space(500), replace(simple_space(400), cost=lambda policy: ORIGINAL)]
+        search_budgets(spaces, Landscape(), reward, ORIGINAL, SearchSettings(stage="prune"))
 
 
 # --------------------------------------------------------------------------------------------------- abandonment
@@ -157,6 +160,13 @@ def test_pareto_set_holds_what_nothing_beats():
     assert pareto_set(times) == times[:2]
 
 
+def test_pareto_set_and_pick_go_by_what_the_search_believes():
+    lucky = trial(0.9, 10).model_copy(update={"estimate": 0.7})
+    better = trial(0.8, 10, choice=(7,)).model_copy(update={"estimate": 0.85})
+    assert pareto_set([lucky, better]) == [better]
+    assert pick([lucky, better], "prune", parse_budgets("flops=20")).trial == better
+
+
 def test_pick_answers_relative_and_absolute_budgets():
     trials = [trial(0.95, 100, arm="original"), trial(0.9, 60), trial(0.8, 40), trial(0.85, 39)]
     assert pick(trials, "prune", parse_budgets("flops=0.4x")).trial == trials[3]
@@ -195,6 +205,9 @@ def test_pick_command_shows_the_set_and_says_what_fits(tmp_path, capsys):
     with pytest.raises(SystemExit) as left:
         main(["pick", str(tmp_path), "flops=0.1x"])
     assert left.value.code == 3 and "Search with it" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:
+        main(["pick", str(tmp_path), "latency@int8=1ms"])
+    assert left.value.code == 2 and "not priced at int8" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------------- rewards and memory

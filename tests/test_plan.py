@@ -126,6 +126,8 @@ def test_other_targets_and_stages(few):
     assert [stage.stage for stage in channels.stages] == ["prune"]
     assert "Look for a cheaper policy" in [training.title for training in channels.trainings]
     assert "exports/model.int8.onnx" not in channels.files
+    sparse = planned(data=few, stages=("prune",), budget="flops=0.6x", single_weights=True, noise_epochs=0)
+    assert "Fine-tune the remaining weights" in [training.title for training in sparse.trainings]
 
 
 def test_what_a_run_would_refuse_is_refused(few):

@@ -193,10 +193,12 @@ def test_few_calibration_images_and_other_normalisation_are_told() -> None:
 
 def test_validation_images_too_few_to_tell_policies_apart_are_told_with_the_standard_error() -> None:
     data = patterns()
-    (few,) = validation_warnings(data)  # 8 of each of 4 classes: sqrt(0.9 x 0.1 / 32)
-    assert "on 32 images" in few and "standard error of accuracy is 5.3 points" in few
     enough = data.search_val.take(torch.arange(120) % 32)
-    assert validation_warnings(replace(data, search_val=enough)) == []
+    (few,) = validation_warnings(replace(data, select_val=enough))  # 8 of each of 4 classes: sqrt(0.9 x 0.1 / 32)
+    assert "on 32 images" in few and "standard error of accuracy is 5.3 points" in few
+    (few,) = validation_warnings(replace(data, search_val=enough, select_val=data.select_val.take(torch.arange(20))))
+    assert few.startswith("the best of them is chosen on 20 images")
+    assert validation_warnings(replace(data, search_val=enough, select_val=enough)) == []
 
 
 @pytest.mark.parametrize("bits", [0, 1, 9, 12, 33])
