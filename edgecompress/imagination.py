@@ -39,7 +39,8 @@ class Imagination:
     """The agent, the imagined episodes in its replay, and the model that labels them.
 
     Args:
-        spaces: the same actions under different limits. The agent sees how tight they are; one model serves all.
+        spaces: the same actions under different limits or at the prices of different devices. The agent sees how tight the
+            limits are and what each action saves on the device; one model of the accuracy serves all.
         optimism: standard deviations that an imagined episode's reward lies above its mean.
     """
 
@@ -57,7 +58,7 @@ class Imagination:
         self._envs = [PolicyEnv(space, lambda choice: 0.0) for space in spaces]
         self._agent = OffPolicyAgent(settings.agent, self._envs[0], settings.seed, episodes=MEMORY)
         self._held: list[tuple[int, Choice]] = []  # what each place of the replay holds: space and policy
-        self._costs: dict[Choice, Cost] = {}
+        self._costs: dict[tuple[int, Choice], Cost] = {}
         self._written = self._rounds = 0
         self._scales: dict[int, tuple[float, float]] = {}
         guess = RandomAgent(settings.seed + 1)
@@ -87,7 +88,7 @@ class Imagination:
             choice = changed(space, parents[int(self._random.integers(len(parents)))], self._random)
             written.setdefault(choice, "mutation")
         self._refine(written, which, trials)
-        return self._elected(written, trials)
+        return self._elected(written, trials, which)
 
     def _refine(self, written: dict[Choice, str], which: int, trials: Sequence[Trial]) -> None:
         """Add mutations of the candidates of highest expected improvement, generation by generation; then climb from the best
@@ -95,11 +96,11 @@ class Imagination:
         space = self.spaces[which]
         for _ in range(REFINEMENTS):
             fresh = [choice for choice in written if choice not in self.scorer.trials]
-            for place in np.argsort(-self._gains(fresh, trials), kind="stable")[:PARENTS] if fresh else ():
+            for place in np.argsort(-self._gains(fresh, trials, which), kind="stable")[:PARENTS] if fresh else ():
                 for _ in range(CHILDREN):
                     written.setdefault(changed(space, fresh[int(place)], self._random), "mutation")
         fresh = [choice for choice in written if choice not in self.scorer.trials]
-        gains = self._gains(fresh, trials) if fresh else np.zeros(0)
+        gains = self._gains(fresh, trials, which) if fresh else np.zeros(0)
         count = max(NEIGHBOURS // max(len(space.bound), 1), 8)
         for _ in range(CLIMBS if fresh else 0):
             near = exchanged(space, fresh[int(np.argmax(gains))], self._random, count)
@@ -107,14 +108,14 @@ class Imagination:
             if not near:
                 return
             written |= dict.fromkeys(near, "exchange")
-            best, gains, fresh = float(gains.max()), self._gains(near, trials), near
+            best, gains, fresh = float(gains.max()), self._gains(near, trials, which), near
             if float(gains.max()) <= best:
                 return
 
-    def _gains(self, choices: Sequence[Choice], trials: Sequence[Trial]) -> Floats:
+    def _gains(self, choices: Sequence[Choice], trials: Sequence[Trial], which: int) -> Floats:
         """Expected improvement on the highest mean that the model gives to an evaluated policy."""
-        mean, deviation = self._rewards(choices)
-        best = max(self._rewards([trial.choice for trial in trials])[0], default=float(mean.min()))
+        mean, deviation = self._rewards(choices, which)
+        best = max(self._rewards([trial.choice for trial in trials], which)[0], default=float(mean.min()))
         return expected_improvement(mean, deviation, float(best))
 
     def _of_others(self, which: int) -> list[Choice]:
@@ -123,7 +124,7 @@ class Imagination:
         leaders = [top(self.scorer.fitting(other), 1) for at, other in enumerate(self.spaces) if at != which]
         return [space.project(space.wishes(found[0].choice)) for found in leaders if found]
 
-    def _elected(self, written: dict[Choice, str], trials: Sequence[Trial]) -> list[tuple[Choice, str]]:
+    def _elected(self, written: dict[Choice, str], trials: Sequence[Trial], which: int) -> list[tuple[Choice, str]]:
         """The `BATCH` of highest expected improvement, in every second round one of them the actor's own; after each, the
         model believes its own mean of it (Ginsbourger et al. 2010), so that the next one is not its neighbour."""
         self._rounds += 1
@@ -138,7 +139,7 @@ class Imagination:
                 and all(arm != self.settings.agent for _, arm in elected)
             )
             able = [choice for choice in fresh if not own or written[choice] == self.settings.agent] or fresh
-            chosen = able[int(np.argmax(self._gains(able, trials)))]
+            chosen = able[int(np.argmax(self._gains(able, trials, which)))]
             fresh.remove(chosen)
             elected.append((chosen, written[chosen]))
             choices, scores = [*choices, chosen], [*scores, float(self._model.predict([chosen])[0][0])]
@@ -180,9 +181,9 @@ class Imagination:
         """
         count = min(newest, len(self._held))
         places = [(self._written - 1 - i) % MEMORY for i in range(count)]
-        mean, deviation = self._rewards([self._held[place][1] for place in places])
-        optimistic = mean + self._optimism * deviation
         owners = np.array([self._held[place][0] for place in places])
+        mean, deviation = self._rewards([self._held[place][1] for place in places], owners)
+        optimistic = mean + self._optimism * deviation
         steps = len(self.spaces[0].steps)
         for which in np.unique(owners):
             values = optimistic[owners == which]
@@ -194,20 +195,24 @@ class Imagination:
                     value - centre
                 ) / width
 
-    def _rewards(self, choices: Sequence[Choice]) -> tuple[Floats, Floats]:
-        """Mean and standard deviation of what policies would earn: the model's accuracy at their exact cost."""
+    def _rewards(self, choices: Sequence[Choice], owners: int | NDArray[np.int_]) -> tuple[Floats, Floats]:
+        """Mean and standard deviation of what policies would earn: the model's accuracy at their exact cost in the space, or
+        the space of each, that they are for."""
         accuracy, deviation = self._model.predict(choices)
-        costs = [self._cost(choice) for choice in choices]
-        mean = np.array([self.scorer.reward(a, c) for a, c in zip(accuracy, costs, strict=True)])
-        above = np.array([self.scorer.reward(a, c) for a, c in zip(accuracy + deviation, costs, strict=True)])
+        spaces = [self.spaces[which] for which in np.broadcast_to(owners, len(choices))]
+        costs = [self._cost(space, choice) for space, choice in zip(spaces, choices, strict=True)]
+        reward = self.scorer.reward
+        mean = np.array([reward(*known) for known in zip(accuracy, costs, spaces, strict=True)])
+        above = np.array([reward(*known) for known in zip(accuracy + deviation, costs, spaces, strict=True)])
         return mean, np.abs(above - mean)
 
-    def _cost(self, choice: Choice) -> Cost:
-        if choice not in self._costs:
+    def _cost(self, space: SearchSpace, choice: Choice) -> Cost:
+        key = id(space.cost), choice
+        if key not in self._costs:
             if len(self._costs) > 10 * MEMORY:
                 self._costs.clear()
-            self._costs[choice] = self.spaces[0].price(choice)
-        return self._costs[choice]
+            self._costs[key] = space.price(choice)
+        return self._costs[key]
 
 
 def imagining(spaces: Sequence[SearchSpace], scorer: Scorer, settings: SearchSettings) -> None:

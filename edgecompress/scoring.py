@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -63,7 +64,8 @@ class SpentError(Exception):
 class Scorer:
     """Evaluates choices once, counts the distinct ones, and writes each new one into the journal.
 
-    ``tighter`` are spaces under other limits that the same trials serve.
+    ``others`` are spaces under other limits, or at the prices of other devices, that the same trials serve. A device's
+    rewards are relative to its own price of the uncompressed network.
     """
 
     def __init__(  # noqa: PLR0913 (what `search` was called with)
@@ -76,13 +78,14 @@ class Scorer:
         journal: Path | None = None,
         known: Sequence[Trial] = (),
         on_trial: OnTrial | None = None,
-        tighter: Sequence[SearchSpace] = (),
+        others: Sequence[SearchSpace] = (),
     ) -> None:
-        self._spaces = (space, *tighter)
+        self._spaces = (space, *others)
         self._space, self._evaluate, self._reward, self._original = space, evaluate, reward, original
         self._settings, self._journal, self._on_trial = settings, journal, on_trial
         self._known = {trial.choice: trial for trial in known if trial.stage == settings.stage}
         self.trials: dict[Choice, Trial] = {}
+        self._elsewhere: dict[tuple[int, Choice], Trial] = {}
         self.idle = 0
         self._held = resident_bytes()
 
@@ -140,20 +143,43 @@ class Scorer:
         """Evaluate, with leave to give up on what cannot become one of the best, except where the figure itself is wanted."""
         if arm in ALWAYS_WHOLE or not isinstance(self._evaluate, AbandoningEvaluator):
             return self._evaluate(policy)
-        within = [space for space in self._spaces if keeps(cost, space)]
-        leaders = [top(self.fitting(space), CONTENDERS) for space in within]
+        prices = [(space, cost if self._at_home(space) else space.cost(policy)) for space in self._spaces]
+        within = [(space, price) for space, price in prices if keeps(price, space)]
+        leaders = [top(self.fitting(space), CONTENDERS) for space, _ in within]
         if not leaders or any(len(found) < CONTENDERS for found in leaders):
             return self._evaluate(policy)
-        bar = min(found[-1].reward for found in leaders)
-        return self._evaluate.unless_hopeless(policy, lambda accuracy: self.reward(accuracy, cost) > bar)
 
-    def reward(self, accuracy: float, cost: Cost) -> float:
-        """What a policy of this accuracy and cost would earn."""
-        return self._reward(accuracy, cost, self._original)
+        def could_win(accuracy: float) -> bool:
+            return any(
+                self.reward(accuracy, price, space) > found[-1].reward
+                for (space, price), found in zip(within, leaders, strict=True)
+            )
+
+        return self._evaluate.unless_hopeless(policy, could_win)
+
+    def reward(self, accuracy: float, cost: Cost, space: SearchSpace | None = None) -> float:
+        """What a policy of this accuracy and cost would earn in ``space``, by default the scorer's own."""
+        whole = self._original if space is None or self._at_home(space) else space.price(space.largest)
+        return self._reward(accuracy, cost, whole)
 
     def fitting(self, space: SearchSpace | None = None) -> list[Trial]:
-        """All trials that keep every budget of ``space``, by default the scorer's own."""
-        return [trial for trial in self.trials.values() if keeps(trial.cost, space or self._space)]
+        """All trials that keep every budget of ``space``, at its prices; by default the scorer's own."""
+        space = space or self._space
+        return [trial for trial in map(partial(self._in, space), self.trials.values()) if keeps(trial.cost, space)]
+
+    def _at_home(self, space: SearchSpace) -> bool:
+        return space.cost is self._space.cost
+
+    def _in(self, space: SearchSpace, trial: Trial) -> Trial:
+        """``trial`` as it costs and earns in ``space``."""
+        if self._at_home(space):
+            return trial
+        key = id(space.cost), trial.choice
+        if key not in self._elsewhere:
+            cost = space.price(trial.choice)
+            reward = self.reward(trial.believed, cost, space)
+            self._elsewhere[key] = trial.model_copy(update={"cost": cost, "reward": reward})
+        return self._elsewhere[key]
 
 
 def keeps(cost: Cost, space: SearchSpace) -> bool:

@@ -7,8 +7,9 @@ journal answering what was already evaluated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from edgecompress.reward import Reward
 from edgecompress.scoring import OnTrial, Scorer, SearchSettings, SpentError, best, top
 from edgecompress.spaces import Choice, Evaluator, Outcome, SearchSpace
 from edgecompress.spec import Cost, Trial
-from edgecompress.starts import Deltas, deltas_of, inner_only, sensitivities_of, solutions
+from edgecompress.starts import deltas_of, inner_only, sensitivities_of, solutions
 
 PROGRAMS = 10  # one in so many evaluations goes to a solution of integer programming before the agent begins
 
@@ -61,7 +62,7 @@ def search(  # noqa: PLR0913 (one call runs a whole stage)
     torch.manual_seed(settings.seed)
     scorer = Scorer(space, evaluate, reward, original, settings, journal, known, on_trial)
     with suppress(SpentError):
-        _run(space, scorer, reward, original, settings, tables)
+        _run(space, scorer, settings, tables)
     return scorer.fitting()
 
 
@@ -76,21 +77,24 @@ def search_budgets(
     known: Sequence[Trial] = (),
     on_trial: OnTrial | None = None,
 ) -> list[list[Trial]]:
-    """Search several budgets at once with one agent, one model of the accuracy and one set of trials.
+    """Search several budgets, and several devices, at once with one agent, one model of the accuracy and one set of trials.
 
-    The agent sees how tight each budget is; the sensitivities are measured once; a policy found for one budget serves
-    every other one that it keeps.
+    The agent sees how tight each budget is, and in the features and the relief of the actions what they save on the device.
+    The sensitivities are measured once; a policy found for one budget serves every other one that it keeps.
 
     Args:
-        spaces: the same actions under different limits (``dataclasses.replace(space, limits=...)``), the loosest first.
+        spaces: the same actions (on devices of different channel divisors: levels that all of them allow) under different
+            limits or with the costs of different devices, the loosest first.
+        original: the uncompressed network's cost in the first space; where another has its own cost model, rewards there are
+            relative to its price of the largest policy.
         settings: ``episodes`` counts the evaluations of all budgets together.
 
     Returns:
-        for each space all trials that keep its budgets.
+        for each space all trials that keep its budgets, at its prices.
 
     Raises:
         GoalMissedError: no policy keeps the budgets of one of them. UsageError: the agent is not an off-policy one, or the
-        spaces differ in more than their limits.
+        spaces differ in their actions.
     """
     if settings.agent not in OFF_POLICY or not settings.imagined:
         raise UsageError(
@@ -98,8 +102,6 @@ def search_budgets(
         )
     if any((space.names, space.levels) != (spaces[0].names, spaces[0].levels) for space in spaces):
         raise UsageError("Budgets can be searched together only over the same actions; these spaces differ in more.")
-    if any(space.cost is not spaces[0].cost for space in spaces):
-        raise UsageError("Budgets can be searched together only at one price; give all spaces the same cost model.")
     for space in spaces:
         space.check_reachable()
     torch.manual_seed(settings.seed)
@@ -113,16 +115,13 @@ def search_budgets(
                 scorer(inner, "inner-only")
         deltas = sensitivities_of(spaces[0], scorer, settings)
         for space in spaces:
-            for arm, choice in _solutions(space, deltas, reward, original):
+            for arm, choice in solutions(space, deltas, partial(_earned, scorer, space)):
                 scorer(choice, arm)
         imagining(spaces, scorer, settings)
     return [scorer.fitting(space) for space in spaces]
 
 
-def _run(
-    space: SearchSpace, scorer: Scorer, reward: Reward, original: Cost, settings: SearchSettings,
-    tables: Callable[[], Tables] | None,
-) -> None:  # fmt: skip
+def _run(space: SearchSpace, scorer: Scorer, settings: SearchSettings, tables: Callable[[], Tables] | None) -> None:
     """Ask until the start is through and the arm has run dry."""
     if settings.agent != "amc":
         scorer(space.project(np.full(len(space.levels), 0.7)), "uniform")
@@ -134,15 +133,14 @@ def _run(
         _program(space, scorer, settings, tables)
         return
     if settings.agent not in FROM_SCRATCH:
-        start(space, scorer, reward, original, settings, tables)
+        start(space, scorer, settings, tables)
     if settings.agent not in STATIC:
         ARMS[settings.agent](space, scorer, settings)
 
 
 def start(
-    space: SearchSpace, scorer: Scorer, reward: Reward, original: Cost, settings: SearchSettings,
-    tables: Callable[[], Tables] | None = None,
-) -> None:  # fmt: skip
+    space: SearchSpace, scorer: Scorer, settings: SearchSettings, tables: Callable[[], Tables] | None = None
+) -> None:
     """Inner-only widths, the sensitivities, and the policies that follow from them."""
     inner = inner_only(space)
     if inner is not None and settings.agent not in STATIC:
@@ -155,13 +153,13 @@ def start(
         if settings.agent not in STATIC:
             for choice in islice(programs(space, costs, settings.seed), max(settings.episodes // PROGRAMS, 1)):
                 scorer(choice, "milp")
-    for arm, choice in _solutions(space, deltas, reward, original):
+    for arm, choice in solutions(space, deltas, partial(_earned, scorer, space)):
         if settings.agent != "greedy" or arm.startswith("greedy"):
             scorer(choice, arm)
 
 
-def _solutions(space: SearchSpace, deltas: Deltas, reward: Reward, original: Cost) -> Iterator[tuple[str, Choice]]:
-    return solutions(space, deltas, lambda accuracy, choice: reward(accuracy, space.price(choice), original))
+def _earned(scorer: Scorer, space: SearchSpace, accuracy: float, choice: Choice) -> float:
+    return scorer.reward(accuracy, space.price(choice), space)
 
 
 def _program(space: SearchSpace, scorer: Scorer, settings: SearchSettings, tables: Callable[[], Tables] | None) -> None:

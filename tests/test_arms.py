@@ -13,6 +13,7 @@ from test_agents_search import GROUPS, LEVELS, ORIGINAL, Landscape, reward, simp
 from edgecompress.accuracy_model import AccuracyModel, _negative_evidence, expected_improvement
 from edgecompress.black_box import CMAES
 from edgecompress.cli.main import main
+from edgecompress.envs import observed
 from edgecompress.errors import BadFileError, GoalMissedError, UsageError
 from edgecompress.files import append_line, read_lines, write_document
 from edgecompress.pareto import pareto_set, pick, picked
@@ -109,14 +110,36 @@ def test_one_agent_serves_three_budgets_with_one_set_of_evaluations(tmp_path):
     assert journal.read_bytes() == b"".join(lines)
 
 
+def test_one_agent_serves_two_devices_at_the_prices_of_each():
+    """The second device computes the even groups for nothing."""
+    here = simple_space(200)
+
+    def price_there(policy):
+        widths = list(policy.keep_channels.values())
+        return here.cost(policy).model_copy(update={"macs": 20 * sum(widths[1::2])})
+
+    limit = Budget(metric="flops", limit=200, relative=False)
+    there = replace(here, cost=price_there, limits=(Limit(limit, 200),))
+    settings = SearchSettings(stage="prune", episodes=60, imagined=8)
+    landscape = Landscape()
+    found = search_budgets([here, there], landscape, reward, ORIGINAL, settings)
+    assert landscape.calls == 60
+    whole = [ORIGINAL, price_there(there.to_policy(there.largest))]
+    for space, trials, original in zip((here, there), found, whole, strict=True):
+        assert trials and all(t.cost == space.price(t.choice) and t.cost.macs <= 200 for t in trials)
+        assert all(t.reward == reward(t.accuracy, t.cost, original) for t in trials)
+    # What costs nothing on the second device stays there, and is cut on the first.
+    assert sum(best(found[1]).choice[0::2]) > sum(best(found[0]).choice[0::2])
+    assert best(found[1]).accuracy > best(found[0]).accuracy
+    seen = [observed(space, np.ones((1, 1, 1), np.float32)) for space in (here, there)]
+    assert not np.array_equal(*seen)
+
+
 def test_several_budgets_need_an_agent_that_sees_them_and_the_same_actions():
     with pytest.raises(UsageError, match="'evolution' cannot search several budgets at once; choose ddpg, td3, sac"):
         search_budgets(three_spaces(), Landscape(), reward, ORIGINAL, SearchSettings(stage="prune", agent="evolution"))
     with pytest.raises(UsageError, match="only over the same actions"):
         spaces = [simple_space(500), simple_space(500, levels=(8, 16))]
-        search_budgets(spaces, Landscape(), reward, ORIGINAL, SearchSettings(stage="prune"))
-    with pytest.raises(UsageError, match="only at one price"):
-        spaces = [simple_space(500), replace(simple_space(400), cost=lambda policy: ORIGINAL)]
         search_budgets(spaces, Landscape(), reward, ORIGINAL, SearchSettings(stage="prune"))
 
 
