@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -435,9 +436,28 @@ def tied() -> nn.Module:
     return model
 
 
+def filled_in(x: Tensor) -> Tensor:
+    """The mask is a constant until the image is written into it."""
+    mask = torch.zeros(x.shape, dtype=torch.bool)
+    mask[:] = x > 0
+    return x * x[mask].mean()
+
+
 BAD_MODELS = {
     "branch": (lambda: Acts(lambda x: x if x.sum() > 0 else -x), r"depends on the image: .*\(__bool__\) \(.*test_trace_prune"),
     "number": (lambda: Acts(lambda x: x * x.max().item()), r"depends on the image: it reads a tensor's value \(item\)"),
+    "equal": (lambda: Acts(lambda x: x if torch.equal(x, x.abs()) else -x), r"depends on the image: .*\(equal\)"),
+    "allclose": (lambda: Acts(lambda x: x if torch.allclose(x, x.abs()) else -x), r"depends on the image: .*\(allclose\)"),
+    "is_nonzero": (lambda: Acts(lambda x: x if torch.is_nonzero(x[0, 0]) else -x), r"depends on the image: .*\(is_nonzero\)"),
+    "numpy": (
+        lambda: Acts(lambda x: x + torch.from_numpy(x.detach().cpu().numpy())), r"depends on the image: .*value \(numpy\)",
+    ),
+    "asarray": (lambda: Acts(lambda x: x * float(np.asarray(x).max())), r"depends on the image: .*value \(__array__\)"),
+    "nonzero": (lambda: Acts(lambda x: x + len(torch.nonzero(x))), r"depends on the image: .*shape follows values \(nonzero\)"),
+    "nonzero of": (lambda: Acts(lambda x: x + len(x.relu().nonzero())), r"depends on the image: .*values \(nonzero\)"),
+    "where": (lambda: Acts(lambda x: x + len(torch.where(x > 0)[0])), r"depends on the image: .*values \(where\)"),
+    "mask": (lambda: Acts(lambda x: x * x[x > 0].mean()), r"depends on the image: .*values \(__getitem__\) \(.*test_trace_prune"),
+    "masked": (lambda: Acts(filled_in), r"depends on the image: .*shape follows values \(__getitem__\)"),
     "one image": (lambda: Acts(lambda x: x.sum(0)), "its shapes depend on the batch"),
     "only one": (lambda: Acts(lambda x: x.view(1, 4)), "runs on one image and fails on two"),
     "mixed": (lambda: Acts(lambda x: x - x.mean(0)), "another output when a second one is beside it"),
@@ -460,6 +480,29 @@ def test_network_that_cannot_be_cut_is_refused_in_one_sentence(case):
     with pytest.raises(BadModelError, match=wanted) as caught:
         trace(make(), (3, 8, 8), "bad")
     assert "\n" not in str(caught.value)
+
+
+class Windowed(nn.Module):
+    """Its shapes follow masks, but the same for every image: a buffer and what is computed from sizes alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 1), nn.Linear(8, 4)
+        self.register_buffer("window", torch.arange(64).reshape(8, 8) % 3 > 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        later = torch.arange(x.shape[2])[:, None] < torch.arange(x.shape[3])
+        rows, columns = torch.where(~self.window)
+        x = x[:, :, self.window].mean(2) + x[..., rows, columns].mean(2) + x[..., later.logical_not()].mean(2)
+        x[x > 9] = 9.0  # as many values as before
+        result: Tensor = self.fc(torch.where(x > 0, x, 0.1 * x))
+        return result
+
+
+def test_masks_that_are_the_same_for_every_image_are_no_control_flow():
+    traced = trace(Windowed(), (3, 8, 8), "windowed")
+    assert [group.id for group in traced.network.prunable_groups] == ["conv"]
 
 
 def test_dependencies_that_cannot_be_followed_are_refused(monkeypatch):
