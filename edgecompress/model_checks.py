@@ -26,6 +26,7 @@ _MASKED: tuple[Callable[..., object], ...] = (Tensor.__getitem__, Tensor.masked_
 _COUNTED: tuple[Callable[..., object], ...] = (
     Tensor.nonzero, torch.nonzero, Tensor.argwhere, torch.argwhere, Tensor.unique, torch.unique,
 )  # fmt: skip
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def check_weights(model: nn.Module, name: str) -> None:
@@ -50,9 +51,15 @@ def check_weights(model: nn.Module, name: str) -> None:
             )
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise BadModelError(f"The weight '{key}' of {name} holds NaN or infinity. Load a sound checkpoint.")
+    for key, value in model.named_buffers():
+        # Infinity is fine in what no checkpoint holds, such as the mask of an attention.
+        if value.is_floating_point() and torch.isnan(value).any():
+            raise BadModelError(
+                f"The buffer '{key}' of {name} holds NaN. It is in no checkpoint: give it numbers where it is made."
+            )
     owners: dict[nn.Parameter, tuple[nn.Module, str]] = {}
     for path, module in model.named_modules():
-        if torch.nn.utils.parametrize.is_parametrized(module) or module._forward_pre_hooks or module._forward_hooks:
+        if torch.nn.utils.parametrize.is_parametrized(module) or any(getattr(module, hooks) for hooks in _HOOKS):
             raise BadModelError(
                 f"The layer '{path}' of {name} has a hook or a parametrization, which cutting its channels would break. "
                 "Take it off first: handle.remove(), or torch.nn.utils.parametrize.remove_parametrizations."

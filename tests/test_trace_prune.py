@@ -424,9 +424,16 @@ class Auxiliary(nn.Module):
         return (self.fc(x), self.aux(x)) if self.training else self.fc(x)
 
 
-def hooked() -> nn.Module:
+def hooked(kind: str = "forward") -> nn.Module:
     model = Residual(4)
-    model.a1[0].register_forward_hook(lambda m, x, y: 2 * y)
+    getattr(model.a1[0], f"register_{kind}_hook")(lambda *told: None)
+    return model
+
+
+def masked(value: float) -> nn.Module:
+    """What it adds to its input is in no checkpoint."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Acts(lambda x: x + model[1].added), nn.Linear(4, 2))
+    model[1].register_buffer("added", torch.tensor([0.0, value, 0.0, 0.0]), persistent=False)
     return model
 
 
@@ -463,6 +470,10 @@ BAD_MODELS = {
     "mixed": (lambda: Acts(lambda x: x - x.mean(0)), "another output when a second one is beside it"),
     "nothing": (lambda: Acts(lambda x: None), "returns no tensor"),
     "hook": (hooked, r"The layer 'a1\.0' of bad has a hook"),
+    "pre-hook": (lambda: hooked("forward_pre"), r"The layer 'a1\.0' of bad has a hook"),
+    "backward hook": (lambda: hooked("full_backward"), r"The layer 'a1\.0' of bad has a hook"),
+    "backward pre-hook": (lambda: hooked("full_backward_pre"), r"The layer 'a1\.0' of bad has a hook"),
+    "buffer": (lambda: masked(float("nan")), r"The buffer '1\.added' of bad holds NaN"),
     "weight norm": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))), "hook or a parametrization",
     ),
@@ -498,6 +509,10 @@ class Windowed(nn.Module):
         x[x > 9] = 9.0  # as many values as before
         result: Tensor = self.fc(torch.where(x > 0, x, 0.1 * x))
         return result
+
+
+def test_infinity_in_a_buffer_is_a_mask():
+    assert trace(masked(float("-inf")), (3, 8, 8), "masked").network.layers
 
 
 def test_masks_that_are_the_same_for_every_image_are_no_control_flow():
