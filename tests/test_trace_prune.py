@@ -112,16 +112,20 @@ def measured_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
 
 
 def test_pruned_network_equals_the_masked_one_and_costs_what_was_predicted(any_case):
-    check_equality(*any_case, seed=0)
+    check_equality(*any_case, *random_policy(any_case[2], 0))
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_pruned_network_equals_the_masked_one_at_other_widths(tiny, seed):
-    check_equality(*tiny, seed=seed)
+    check_equality(*tiny, *random_policy(tiny[2], seed))
 
 
-def check_equality(model, shape, traced, seed: int) -> None:
-    widths, scores = random_policy(traced, seed)
+def halved(traced) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Half the channels of every group that can be cut, by scores drawn at random."""
+    return {group.id: group.width // 2 for group in traced.network.prunable_groups}, random_policy(traced, 0)[1]
+
+
+def check_equality(model, shape, traced, widths: dict[str, int], scores: dict[str, Tensor]) -> None:
     x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(9))
     smaller = prune(model, traced, widths, scores)
     with torch.no_grad():
@@ -412,6 +416,29 @@ class Acts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.act(self.conv(x).mean((2, 3)))
         return result
+
+
+class SharedNorm(nn.Module):
+    """One BatchNorm behind two convolutions: its channels are those of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.fc = nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        result: Tensor = self.fc(F.relu(self.norm(self.deep(x))).mean((2, 3)))
+        return result
+
+
+def test_convolutions_that_share_a_batchnorm_are_one_group():
+    model, shape = settled(SharedNorm()), (3, 8, 8)
+    traced = trace(model, shape, "shared")
+    (group,) = traced.network.prunable_groups
+    assert (group.members, group.norm_params_per_channel) == (("stem", "deep"), 2)
+    check_equality(model, shape, traced, *halved(traced))
+    assert prune(model, traced, {"stem": 4}).norm.num_features == 4
 
 
 class Auxiliary(nn.Module):
