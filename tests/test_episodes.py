@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sample_networks import Residual, patterns, settled
+from torch import nn
 
 from edgecompress.data import Split
 from edgecompress.episodes import (
@@ -25,6 +25,7 @@ from edgecompress.episodes import (
 )
 from edgecompress.fidelity import said_by
 from edgecompress.finetune import accuracy_and_loss
+from edgecompress.machine import give_memory_back, resident_bytes
 from edgecompress.prune import prune, reestimate_batchnorm, reestimate_on
 from edgecompress.spec import CompressionPolicy
 from edgecompress.tasks import CLASSIFICATION
@@ -194,18 +195,23 @@ def test_classes_that_the_split_lacks_are_named(data):
     assert missing_classes(replace(data, task=replace(CLASSIFICATION, class_scores=False)), split, "search-val") == ""
 
 
-def test_hundred_episodes_keep_no_memory(episodes):
-    def resident() -> int:
-        gc.collect()
-        fields = Path("/proc/self/statm").read_text().split()
-        return int(fields[1]) * 4096
+def test_hundred_distinct_policies_leave_no_memory_behind(data):
+    """The network holds megabytes: all policies together would be seen, as would what their batches compute."""
+    if not resident_bytes():
+        pytest.skip("the system does not say what a process holds")
+    model = settled(nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 64, 256), nn.ReLU(),
+        nn.Linear(256, 4),
+    ))  # fmt: skip
+    traced = trace(model, (3, 8, 8), "wide")
+    episodes = Episodes(lambda policy: prune(model, traced, policy.keep_channels), data, data.test, images=16)
 
-    if not Path("/proc/self/statm").exists():
-        pytest.skip("reads /proc")
-    policy = CompressionPolicy(model="residual")
-    for _ in range(5):
-        episodes(policy)
-    before = resident()
-    for _ in range(100):
-        episodes(policy)
-    assert resident() - before < 50_000_000
+    def held_after(widths: range) -> int:
+        for width in widths:
+            episodes(CompressionPolicy(model="", keep_channels={"0": 17 + width % 16, "4": width}))
+        gc.collect()
+        give_memory_back()
+        return resident_bytes()
+
+    before = held_after(range(80, 100))
+    assert held_after(range(100, 200)) - before < 50_000_000
