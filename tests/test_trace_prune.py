@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sample_networks import NETWORKS, Residual, patterns, settled, unprunable
+from sample_networks import BLOCKS, NETWORKS, GroupNormed, Residual, patterns, settled, unprunable
 from torch import Tensor, nn
 
 from edgecompress.channel_groups import tensors_of
@@ -28,6 +28,7 @@ ZOO = ("resnet8", "resnet20", "mobilenet_cifar")
 CASES = {
     **{name: (lambda kind=kind: kind(4), (3, 16, 16)) for name, kind in NETWORKS.items()},
     **{name: (lambda name=name: build_model(name, 10), (3, 32, 32)) for name in ZOO},
+    **{name: (lambda kind=BLOCKS[name]: kind(4), (3, 16, 16)) for name in ("gated", "fire", "inception")},
     "zoo vgg": (lambda: CifarVgg((1, 1, 1, 1, 1), 10), (3, 32, 32)),  # one convolution a stage: a fifth of the time
 }
 
@@ -140,6 +141,55 @@ def check_equality(model, shape, traced, widths: dict[str, int], scores: dict[st
         weight = smaller.get_submodule(kernel.layer.name).weight
         assert weight.shape[0] == kernel.out_channels
         assert weight.shape[1] == (1 if kernel.layer.kind == "depthwise" else kernel.in_channels)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_half_of_every_group_but_the_outputs_goes_and_training_goes_on(name):
+    check_half(settled(BLOCKS[name](4)), (3, 16, 16), name)
+
+
+def test_every_group_of_a_groupnorm_keeps_the_same_places():
+    """Its groups are 4 channels wide behind the stem, 8 behind the second convolution, and both norm the same channels."""
+    model = settled(GroupNormed(4))
+    with torch.no_grad():
+        for norm in (model.norm0, model.norm1, model.norm2):
+            norm.weight.copy_(torch.arange(norm.num_channels))
+    traced = trace(model, (3, 16, 16), "groupnorm")
+    assert {group.id: group.width for group in traced.network.prunable_groups} == {"stem": 4, "conv1": 6}
+    smaller = prune(model, traced, *halved(traced))
+    for name in ("norm0", "norm1", "norm2"):
+        norm, before = smaller.get_submodule(name), model.get_submodule(name)
+        places = norm.weight.view(before.num_groups, -1) % (before.num_channels // before.num_groups)
+        assert bool((places == places[0]).all()), name
+
+
+@pytest.mark.slow  # all of tracing, on whole networks
+@pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small"])
+def test_half_of_every_group_of_a_whole_network_goes_and_training_goes_on(name):
+    torch.manual_seed(0)
+    check_half(build_model(name, 10), (3, 64, 64), name)
+
+
+def check_half(model: nn.Module, shape: tuple[int, ...], name: str) -> None:
+    """Half of all groups but the outputs' goes: what is left costs what was predicted, and learns with all of its weights."""
+    traced = trace(model, shape, name)
+    widths, scores = halved(traced)
+    assert {g.id: g.reason for g in traced.network.groups if g.id not in widths} == {
+        traced.network.layers[-1].name: "its channels are the network's output"
+    }
+    policy = CompressionPolicy(model="", keep_channels=widths)
+    smaller = prune(model, traced, widths, scores)
+    cost = count(traced.network, policy)
+    assert cost.params == sum(parameter.numel() for parameter in smaller.parameters())
+    assert cost.macs == measured_macs(smaller, shape)
+    for kernel in kernels(traced.network, policy)[:-1]:
+        layer, before = smaller.get_submodule(kernel.layer.name), model.get_submodule(kernel.layer.name)
+        assert layer.weight.shape[0] == kernel.out_channels == before.weight.shape[0] // 2, kernel.layer.name
+    torch.manual_seed(0)
+    outputs = smaller.train()(torch.randn(2, *shape))
+    outputs.square().mean().backward()
+    assert outputs.shape == (2, model(torch.zeros(1, *shape)).shape[1])
+    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in smaller.parameters())
 
 
 def test_smallest_policy_leaves_one_channel_everywhere_and_still_runs(tiny):
