@@ -157,7 +157,10 @@ def _short_finetune(job: Job, policy: CompressionPolicy, build: Build) -> tuple[
 
 
 def _tightened(job: Job, space: SearchSpace, chosen: Trial, build: Build) -> CompressionPolicy:
-    """The cheapest policy found that keeps the accuracy drop: shrink every limit by 15 % while a short fine-tune holds it."""
+    """The cheapest policy found that keeps the accuracy drop: shrink every limit by 15 % while a short fine-tune holds it.
+
+    One that diverges does not hold it.
+    """
     assert job.config.max_accuracy_drop is not None
     wanted = job.measure(job.original, job.data.select_val)[0] - job.config.max_accuracy_drop / 100
     policy = space.to_policy(chosen.choice)
@@ -167,11 +170,13 @@ def _tightened(job: Job, space: SearchSpace, chosen: Trial, build: Build) -> Com
         if not tighter.fits(tighter.smallest):
             break
         candidate = tighter.to_policy(tighter.project(space.wishes(chosen.choice)))
-        accuracy, _ = _short_finetune(job, candidate, build)
-        score = job.data.task.about
-        job.progress.note(
-            f"cheaper by {1 - 0.85**step:.0%}: select-val {score.name} {score.text(accuracy)} (wanted {score.text(wanted)})"
-        )
+        cheaper, score = f"cheaper by {1 - 0.85**step:.0%}", job.data.task.about
+        try:
+            accuracy, _ = _short_finetune(job, candidate, build)
+        except DivergedError as error:
+            job.progress.note(f"{cheaper}: not good enough, its training diverges: {error}")
+            break
+        job.progress.note(f"{cheaper}: select-val {score.name} {score.text(accuracy)} (wanted {score.text(wanted)})")
         if accuracy < wanted:
             break
         policy = candidate

@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -118,6 +119,7 @@ def _trained(  # noqa: PLR0913 (what `train` was called with)
         generator = torch.Generator().manual_seed(settings.seed * 1000 + epoch)
         model.train()
         total = 0.0
+        give_up = partial(_give_up, model, good, settings.learning_rate, checkpoint if epoch else None)
         for step, (x, y) in enumerate(data.batches(data.train, settings.batch_size, generator=generator, augment=True)):
             if len(y) < 2:
                 continue
@@ -131,7 +133,7 @@ def _trained(  # noqa: PLR0913 (what `train` was called with)
             if penalty is not None:
                 loss = loss + penalty(progress)
             if not torch.isfinite(loss):
-                _give_up(model, good, f"The loss became {loss.item()} in epoch {epoch + 1}, step {step + 1}")
+                give_up(f"The loss became {loss.item()} in epoch {epoch + 1}, step {step + 1}")
             optimizer.zero_grad()
             if adam is not None:
                 adam.zero_grad()
@@ -139,7 +141,7 @@ def _trained(  # noqa: PLR0913 (what `train` was called with)
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(trained, 5.0)
             if not torch.isfinite(norm) and not _overflows(scaler, trained):  # a finite loss may have such gradients
-                _give_up(model, good, f"The gradients became infinite or NaN in epoch {epoch + 1}, step {step + 1}")
+                give_up(f"The gradients became infinite or NaN in epoch {epoch + 1}, step {step + 1}")
             scaler.step(optimizer)
             if adam is not None:
                 scaler.step(adam)
@@ -160,9 +162,13 @@ def _overflows(scaler: torch.amp.GradScaler, trained: Sequence[nn.Parameter]) ->
     return scaler.is_enabled() and scaler.get_scale() > 1 and not all(torch.isfinite(grad).all() for grad in found)
 
 
-def _give_up(model: nn.Module, good: dict[str, Tensor], what: str) -> NoReturn:
+def _give_up(model: nn.Module, good: dict[str, Tensor], rate: float, kept: Path | None, what: str) -> NoReturn:
     load_tensors(model, good)
-    raise DivergedError(f"{what}; the network keeps the state of the last whole epoch. Lower the learning rate.")
+    where = "" if kept is None else f", which is in {kept}"
+    raise DivergedError(
+        f"{what}; the network keeps the state from before that epoch{where}. Lower the learning rate of {rate:g} and train anew "
+        "(compress: --learning-rate and another --name; --resume would come to the same)."
+    )
 
 
 def _schedule(progress: float, epochs: int) -> float:

@@ -12,6 +12,7 @@ import io
 import logging
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edgecompress.errors import BadModelError
+from edgecompress.imports import place_of
 
 if TYPE_CHECKING:
     import onnx
@@ -96,14 +98,19 @@ def build_graph(model: nn.Module, input_shape: tuple[int, ...], name: str) -> Gr
                 verbose=False,
             )
     except Exception as error:
-        cause = str(error).strip().splitlines()
-        raise BadModelError(
-            f"{name} cannot be exported to ONNX: {cause[0] if cause else type(error).__name__}"
-        ) from error
+        raise BadModelError(f"{name} cannot be exported to ONNX: {_cause(error)}") from error
     finally:
         model.train(was_training)
     assert program is not None
     return normalise(_placed(_from_ir(program.model), program.model))
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong at first, in one plain line with its place: torch's outer errors only say at which of its steps."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    return f"{lines[0] if lines else type(error).__name__}{place_of(error)}"
 
 
 def _placed(graph: Graph, model: Any) -> Graph:

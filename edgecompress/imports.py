@@ -31,7 +31,7 @@ def imported(name: str, what: str, error_kind: type[UsageError]) -> Any:
         ) from error
 
 
-def place_of(error: Exception) -> str:
+def place_of(error: BaseException) -> str:
     """`` (file.py, line 7)``: the innermost line of the user's own code that ``error`` passed through; else nothing."""
     if isinstance(error, SyntaxError) and error.filename:
         return f" ({error.filename}, line {error.lineno})"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from edgecompress.channel_groups import tensors_of
 from edgecompress.cuts import WEIGHTED
@@ -16,8 +17,16 @@ from edgecompress.errors import BadModelError
 from edgecompress.imports import place_of
 
 _PYTHON_VALUES: tuple[Callable[..., object], ...] = (
-    Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item, Tensor.tolist,
+    Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__complex__, Tensor.__index__, Tensor.__contains__, Tensor.item,
+    Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.equal, torch.equal, Tensor.allclose, torch.allclose,
+    Tensor.is_nonzero, torch.is_nonzero,
 )  # fmt: skip
+# The shapes of their results follow values: of masks among what is indexed with, or of all that is given.
+_MASKED: tuple[Callable[..., object], ...] = (Tensor.__getitem__, Tensor.masked_select, torch.masked_select)
+_COUNTED: tuple[Callable[..., object], ...] = (
+    Tensor.nonzero, torch.nonzero, Tensor.argwhere, torch.argwhere, Tensor.unique, torch.unique,
+)  # fmt: skip
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def check_weights(model: nn.Module, name: str) -> None:
@@ -42,9 +51,15 @@ def check_weights(model: nn.Module, name: str) -> None:
             )
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise BadModelError(f"The weight '{key}' of {name} holds NaN or infinity. Load a sound checkpoint.")
+    for key, value in model.named_buffers():
+        # Infinity is fine in what no checkpoint holds, such as the mask of an attention.
+        if value.is_floating_point() and torch.isnan(value).any():
+            raise BadModelError(
+                f"The buffer '{key}' of {name} holds NaN. It is in no checkpoint: give it numbers where it is made."
+            )
     owners: dict[nn.Parameter, tuple[nn.Module, str]] = {}
     for path, module in model.named_modules():
-        if torch.nn.utils.parametrize.is_parametrized(module) or module._forward_pre_hooks or module._forward_hooks:
+        if torch.nn.utils.parametrize.is_parametrized(module) or any(getattr(module, hooks) for hooks in _HOOKS):
             raise BadModelError(
                 f"The layer '{path}' of {name} has a hook or a parametrization, which cutting its channels would break. "
                 "Take it off first: handle.remove(), or torch.nn.utils.parametrize.remove_parametrizations."
@@ -60,12 +75,36 @@ def check_weights(model: nn.Module, name: str) -> None:
 
 
 class _NoPythonValues(TorchFunctionMode):
-    """Stops a forward pass that turns a tensor into a number or a truth value: what it then does depends on the image."""
+    """Stops a forward pass that turns a tensor into a number, a truth value or a shape: what it then does depends on the image.
+
+    A shape may follow a mask that is not computed from ``image``: it is the same for every image.
+    """
+
+    def __init__(self, image: Tensor) -> None:
+        super().__init__()
+        self._of_image = WeakTensorKeyDictionary({image: True})
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func in _PYTHON_VALUES:
             raise _PythonValueError(f"it reads a tensor's value ({func.__name__})")
-        return func(*args, **(kwargs or {}))
+        if any(tensor in self._of_image for tensor in _shaping(func, args, kwargs)):
+            raise _PythonValueError(f"it computes a tensor whose shape follows values ({func.__name__})")
+        result = func(*args, **kwargs)
+        given = tensors_of([args, kwargs])
+        if any(tensor in self._of_image for tensor in given):
+            for tensor in given[:1] if result is None else tensors_of(result):  # x[i] = y returns nothing and changes x
+                self._of_image[tensor] = True
+        return result
+
+
+def _shaping(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors whose values decide the shape of what ``func`` returns."""
+    if func in _MASKED:
+        return [tensor for tensor in tensors_of([args[1:], kwargs]) if tensor.dtype in (torch.bool, torch.uint8)]
+    if func in _COUNTED or (func is torch.where and len(args) + len(kwargs) == 1):
+        return tensors_of([args, kwargs])
+    return []
 
 
 class _PythonValueError(Exception):
@@ -82,12 +121,12 @@ def run_once(model: nn.Module, example: Tensor, name: str) -> list[Tensor]:
         BadModelError: the network fails, branches on values, or returns no tensor.
     """
     try:
-        with torch.no_grad(), _NoPythonValues():
+        with torch.no_grad(), _NoPythonValues(example):
             outputs = tensors_of(model(example))
     except _PythonValueError as error:
         raise BadModelError(
             f"The forward pass of {name} depends on the image: {error}{place_of(error)}. Compute with tensors "
-            "(torch.where, masks) so that every image takes the same path."
+            "of fixed shapes (torch.where with both values, products with masks) so that every image takes the same path."
         ) from error
     except Exception as error:
         raise BadModelError(

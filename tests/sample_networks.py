@@ -164,8 +164,69 @@ class Dense(nn.Module):
         return result
 
 
-# Operators beyond what pruning is tested on: for the graph, calibration and the exporters.
+class Fire(nn.Module):
+    """Two squeezes, each read by two expansions side by side; convolutions with bias only, classifier included (SqueezeNet)."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.squeeze1, self.one1, self.three1 = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 12, 1), nn.Conv2d(8, 8, 3, 1, 1)
+        self.squeeze2, self.one2, self.three2 = nn.Conv2d(20, 6, 1), nn.Conv2d(6, 8, 1), nn.Conv2d(6, 12, 3, 1, 1)
+        self.classifier = nn.Conv2d(20, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.squeeze1(F.relu(self.stem(x))))
+        x = torch.cat([F.relu(self.one1(x)), F.relu(self.three1(x))], 1)
+        x = F.relu(self.squeeze2(F.max_pool2d(x, 3, 2, ceil_mode=True)))
+        x = torch.cat([F.relu(self.one2(x)), F.relu(self.three2(x))], 1)
+        result: Tensor = self.classifier(x).mean((2, 3))
+        return result
+
+
+class Inception(nn.Module):
+    """Four branches of unequal depth read together: 1x1, 3x3, a factorised 5x5, and one behind a pooling (GoogLeNet, V3)."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 8, stride=2)
+        self.one = conv_bn(8, 8, kernel=1)
+        self.reduce3, self.three = conv_bn(8, 6, kernel=1), conv_bn(6, 12)
+        self.reduce5 = conv_bn(8, 4, kernel=1)
+        self.tall = nn.Sequential(nn.Conv2d(4, 6, (5, 1), padding=(2, 0), bias=False), nn.BatchNorm2d(6))
+        self.wide = nn.Sequential(nn.Conv2d(6, 8, (1, 5), padding=(0, 2), bias=False), nn.BatchNorm2d(8))
+        self.pooled = conv_bn(8, 4, kernel=1)
+        self.after, self.fc = conv_bn(32, 16), nn.Linear(16, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        five = F.relu(self.wide(F.relu(self.tall(F.relu(self.reduce5(x))))))
+        three = F.relu(self.three(F.relu(self.reduce3(x))))
+        pooled = F.relu(self.pooled(F.avg_pool2d(x, 3, 1, 1)))
+        x = torch.cat([F.relu(self.one(x)), three, five, pooled], 1)
+        result: Tensor = self.fc(F.relu(self.after(x)).mean((2, 3)))
+        return result
+
+
+class GroupNormed(nn.Module):
+    """A residual block of GroupNorms, whose groups stay equally wide."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem, self.norm0 = nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.GroupNorm(4, 16)
+        self.conv1, self.norm1 = nn.Conv2d(16, 24, 3, 1, 1, bias=False), nn.GroupNorm(4, 24)
+        self.conv2, self.norm2 = nn.Conv2d(24, 16, 3, 1, 1, bias=False), nn.GroupNorm(2, 16)
+        self.fc = nn.Linear(16, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm0(self.stem(x)))
+        x = F.relu(self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))) + x)
+        result: Tensor = self.fc(x.mean((2, 3)))
+        return result
+
+
+# For the graph, calibration and the exporters.
 OPERATOR_NETWORKS = {"gated": Gated, "shuffled": Shuffled, "dense": Dense}
+BLOCKS = {"gated": Gated, "dense": Dense, "fire": Fire, "inception": Inception, "groupnorm": GroupNormed}  # for pruning
 NETWORKS = {"residual": Residual, "vgg": Vgg, "mobile": Mobile, "concat": Concat, "flat": Flat}
 
 

@@ -13,7 +13,7 @@ from edgecompress.arms import ARMS
 from edgecompress.envs import PolicyEnv
 from edgecompress.errors import GoalMissedError, UnknownNameError
 from edgecompress.files import read_lines
-from edgecompress.search import Scorer, SearchSettings, best, search, top
+from edgecompress.search import Scorer, SearchSettings, best, search, search_budgets, top
 from edgecompress.spaces import Limit, Outcome, SearchSpace
 from edgecompress.spec import Budget, CompressionPolicy, Cost, Trial
 
@@ -284,3 +284,19 @@ def test_scorer_answers_from_its_memory_before_its_journal():
     scorer = Scorer(simple_space(None), landscape, reward, ORIGINAL, SearchSettings(stage="prune"))
     first = scorer((4,) * GROUPS, "a")
     assert scorer((4,) * GROUPS, "b") is first and landscape.calls == 1 and first.arm == "a"
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_search_evaluates_inner_only_widths_where_some_are_shared(several):
+    """Groups 1 and 3 decide about one layer alone: the others stay whole, and these pay for the budget by themselves."""
+    space, landscape = replace(simple_space(600), inner=frozenset({1, 3})), Landscape()
+    settings = SearchSettings(stage="prune", episodes=14, imagined=1)
+    if several:
+        trials = search_budgets([space], landscape, reward, ORIGINAL, settings)[0]
+    else:
+        trials = search(space, landscape, reward, ORIGINAL, settings)
+    (found,) = [trial for trial in trials if trial.arm == "inner-only"]
+    assert found.choice in landscape.seen and space.fits(found.choice)
+    assert [found.choice[i] for i in (0, 2, 4)] == [16, 16, 16] and found.choice[1] == found.choice[3] < 16
+    others = search(simple_space(600), Landscape(), reward, ORIGINAL, settings)
+    assert "inner-only" not in {trial.arm for trial in others}

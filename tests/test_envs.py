@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from sample_networks import Concat, Mobile, Residual
 
-from edgecompress.cost import count
+from edgecompress.cost import Latency, count
 from edgecompress.envs import PolicyEnv
 from edgecompress.errors import GoalMissedError
 from edgecompress.latency_tables.targets import target_by_name
@@ -37,9 +38,19 @@ def size_of(built, params: int) -> int:
     return 300 + sum(k.in_channels * k.out_channels * k.layer.kernel[0] ** 2 * k.weight_bits // 8 for k in built)
 
 
+def staircase(built, edges=()) -> Latency:
+    """Kernels compute blocks of 16 channels; a block that is begun takes as long as a whole one."""
+    us = 5.0
+    for kernel in built:
+        layer = kernel.layer
+        read = 1 if layer.kind == "depthwise" else math.ceil(kernel.in_channels / 16)
+        us += math.ceil(kernel.out_channels / 16) * read * math.prod((*layer.kernel, *layer.output_hw)) / 100
+    return Latency(us, us, us, {})
+
+
 def channels(network, budget: str = "flops=0.5x", divisor: int | None = None) -> SearchSpace:
     def cost(policy):
-        return count(network, policy, None, size_of)
+        return count(network, policy, staircase, size_of)
 
     original = cost(FLOAT)
     limits = [Limit(b, b.absolute(original.metric(b.metric))) for b in parse_budgets(budget)]
@@ -64,7 +75,7 @@ RESIDUAL_SHARED = [("stem.0",), ("a1.0",), ("a2.0",), ("b1.0", "shortcut.0"), ("
     scope="module",
     params=[
         "residual flops", "mobile flops+size", "resnet8 coarse", "concat fine", "residual bits", "residual bops",
-        "resnet8 bits+bops",
+        "resnet8 bits+bops", "resnet8 latency", "resnet8 latency+params",
     ],
 )  # fmt: skip
 def space(request, networks):
@@ -76,6 +87,8 @@ def space(request, networks):
         "residual bits": lambda: bits(networks["residual"], "size=0.15x", RESIDUAL_SHARED),
         "residual bops": lambda: bits(networks["residual"], "bops=0.03x", RESIDUAL_SHARED),
         "resnet8 bits+bops": lambda: bits(networks["resnet8"], "size=0.13x,bops=0.03x"),
+        "resnet8 latency": lambda: channels(networks["resnet8"], "latency=0.7x", 4),
+        "resnet8 latency+params": lambda: channels(networks["resnet8"], "latency=0.8x,params=0.4x", 4),
     }[request.param]()
 
 

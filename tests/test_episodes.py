@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import gc
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sample_networks import Residual, patterns, settled
+from torch import nn
 
 from edgecompress.data import Split
 from edgecompress.episodes import (
     Episodes,
     Part,
+    augmented,
     balanced_order,
     highest_likely,
     judged,
@@ -24,7 +25,8 @@ from edgecompress.episodes import (
 )
 from edgecompress.fidelity import said_by
 from edgecompress.finetune import accuracy_and_loss
-from edgecompress.prune import prune
+from edgecompress.machine import give_memory_back, resident_bytes
+from edgecompress.prune import prune, reestimate_batchnorm, reestimate_on
 from edgecompress.spec import CompressionPolicy
 from edgecompress.tasks import CLASSIFICATION
 from edgecompress.trace import trace
@@ -51,6 +53,35 @@ def test_episode_says_what_a_plain_evaluation_says(data, episodes):
     found = episodes(policy)
     assert found.accuracy == accuracy and found.loss == pytest.approx(loss, rel=1e-4) and not found.abandoned
     assert episodes(policy) == found
+
+
+def statistics_of(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([value for key, value in model.state_dict().items() if "running_" in key])
+
+
+def test_statistics_are_taken_anew_from_augmented_training_images_before_every_reward(data, monkeypatch):
+    """Not those that were cut out of the dense network's, nor those of the images as they are."""
+    model = settled(Residual(4), 0)
+    traced = trace(model, (3, 8, 8), "residual")
+
+    def build(policy: CompressionPolicy) -> torch.nn.Module:
+        return prune(model, traced, policy.keep_channels)
+
+    policy = CompressionPolicy(model="residual", keep_channels={"b1.0": 8})
+    episodes = Episodes(build, data, data.test, images=64, recalibrate=40, seed=3)
+    found = statistics_of(episodes.network(policy))
+    wanted, plain = build(policy), build(policy)
+    reestimate_on(wanted, augmented(data, 40, episodes.images.batch_size, 3))
+    reestimate_batchnorm(plain, data, images=40, seed=3, augment=False)
+    assert torch.allclose(found, statistics_of(wanted), rtol=1e-4, atol=1e-6)
+    assert (found - statistics_of(build(policy))).abs().max() > 0.1
+    assert (found - statistics_of(plain)).abs().max() > 0.01
+    built = []
+    network = episodes.network
+    monkeypatch.setattr(episodes, "network", lambda policy: built.append(network(policy)) or built[-1])
+    episodes(policy)
+    episodes.unless_hopeless(policy, lambda accuracy: True)
+    assert [torch.equal(statistics_of(model), found) for model in built] == [True, True]
 
 
 def test_every_first_part_of_the_images_holds_all_classes_alike(data):
@@ -164,18 +195,23 @@ def test_classes_that_the_split_lacks_are_named(data):
     assert missing_classes(replace(data, task=replace(CLASSIFICATION, class_scores=False)), split, "search-val") == ""
 
 
-def test_hundred_episodes_keep_no_memory(episodes):
-    def resident() -> int:
-        gc.collect()
-        fields = Path("/proc/self/statm").read_text().split()
-        return int(fields[1]) * 4096
+def test_hundred_distinct_policies_leave_no_memory_behind(data):
+    """The network holds megabytes: all policies together would be seen, as would what their batches compute."""
+    if not resident_bytes():
+        pytest.skip("the system does not say what a process holds")
+    model = settled(nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 64, 256), nn.ReLU(),
+        nn.Linear(256, 4),
+    ))  # fmt: skip
+    traced = trace(model, (3, 8, 8), "wide")
+    episodes = Episodes(lambda policy: prune(model, traced, policy.keep_channels), data, data.test, images=16)
 
-    if not Path("/proc/self/statm").exists():
-        pytest.skip("reads /proc")
-    policy = CompressionPolicy(model="residual")
-    for _ in range(5):
-        episodes(policy)
-    before = resident()
-    for _ in range(100):
-        episodes(policy)
-    assert resident() - before < 50_000_000
+    def held_after(widths: range) -> int:
+        for width in widths:
+            episodes(CompressionPolicy(model="", keep_channels={"0": 17 + width % 16, "4": width}))
+        gc.collect()
+        give_memory_back()
+        return resident_bytes()
+
+    before = held_after(range(80, 100))
+    assert held_after(range(100, 200)) - before < 50_000_000

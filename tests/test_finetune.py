@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from sample_networks import Residual, patterns, settled
 from torch import nn
 
@@ -173,6 +175,21 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_last_whole_epoch(data):
     assert all(torch.equal(value, states[-1][key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(("begins", "where"), [(0.3, r"epoch, which is in {path}\."), (0.0, r"that epoch\.")])
+def test_diverging_names_the_file_of_its_last_whole_epoch_and_what_to_do(data, tmp_path, begins, where):
+    """Not in the first epoch: a file that lies there then is of another training."""
+    path = tmp_path / "finetune.safetensors"
+    train(fresh(1), data, replace(SETTINGS, epochs=1, seed=7), checkpoint=path)
+    wanted = where.format(path=re.escape(str(path))) + r" Lower the learning rate of 0\.05 .*--learning-rate.*--name"
+    with pytest.raises(EdgeCompressError, match=wanted):
+        train(
+            model := fresh(), data, SETTINGS, checkpoint=path,
+            penalty=lambda progress: torch.tensor(float("nan") if progress >= begins else 0.0),
+        )  # fmt: skip
+    held = {key.removeprefix("model."): value for key, value in load_file(path).items() if key.startswith("model.")}
+    assert all(torch.equal(value, held[key]) for key, value in model.state_dict().items()) == (begins > 0)
+
+
 def test_gradients_that_are_not_finite_stop_before_they_reach_the_weights(data):
     """The square root of zero is a finite loss with an infinite slope; it comes in the last step of an epoch."""
     states, steps = [], 6
@@ -332,7 +349,7 @@ def test_unknown_precision_names_the_known_ones():
 def test_checkpoint_from_before_there_was_a_precision_is_gone_on_from(data, trained, tmp_path):
     import json
 
-    from safetensors.torch import load_file, safe_open, save_file
+    from safetensors.torch import safe_open, save_file
 
     path = tmp_path / "epoch.safetensors"
     interrupted_training(data, SETTINGS, path, 2)

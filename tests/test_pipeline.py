@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import signal
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -20,6 +21,7 @@ from edgecompress.exporters.runners import OnnxRuntimeRunner
 from edgecompress.files import file_sha256
 from edgecompress.finetune import TrainSettings, train
 from edgecompress.latency_tables.targets import all_targets, is_this_machine
+from edgecompress.progress import Silent
 from edgecompress.quantize import simulate
 from edgecompress.report_rows import outside_us
 from edgecompress.runs import RunFolder
@@ -220,12 +222,29 @@ def own():
     return trained(data), data
 
 
+class Notes(Silent):
+    """Keeps all that a run notes."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
+
+
 @pytest.fixture(scope="module")
-def own_run(own, quick, tmp_path_factory):
-    """The story of the issue: ``edgecompress.compress(model, data, target="x86", budget=...)``."""
+def notes():
+    return Notes()
+
+
+@pytest.fixture(scope="module")
+def own_run(own, notes, quick, tmp_path_factory):
+    """The story of the issue: ``edgecompress.compress(model, data, target="x86", budget=...)``; its search never sees class3."""
     model, data = own
+    kept = (data.search_val.labels != 3).nonzero().flatten()
     return edgecompress.compress(
-        model, data, target="x86", budget="flops=0.6x,size=0.3x", runs=tmp_path_factory.mktemp("own"), name="own", **OPTIONS
+        model, replace(data, search_val=data.search_val.take(kept)), target="x86", budget="flops=0.6x,size=0.3x",
+        runs=tmp_path_factory.mktemp("own"), name="own", progress=notes, **OPTIONS,
     )  # fmt: skip
 
 
@@ -234,6 +253,12 @@ def test_module_and_data_in_memory_are_compressed(own, own_run):
     assert report.config.model == "<Residual>" and report.config.data == "patterns"
     assert report.original.accuracy > 0.9 and report.compressed.accuracy > 0.6
     assert report.compressed.cost.macs <= 0.6 * report.original.cost.macs
+
+
+def test_run_notes_that_images_and_classes_are_too_few_for_its_search(own_run, notes):
+    few = [text for text in notes.texts if text.startswith("the search judges policies on 24 images")]
+    lacking = [text for text in notes.texts if text.startswith("search-val holds no image of 1 of 4 classes (class3)")]
+    assert len(few) == len(lacking) == 1 and notes.texts.index(few[0]) < notes.texts.index(lacking[0])
 
 
 def test_size_budget_of_packed_weights_is_kept_by_the_written_file(own_run):

@@ -355,8 +355,11 @@ def test_network_that_cannot_be_exported_is_refused():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.flatten(1) if float(x.sum()) > 0 else x.flatten(1)[:, :3]
 
-    with pytest.raises(BadModelError, match="dependent cannot be exported to ONNX"):
+    with pytest.raises(
+        BadModelError, match=r"dependent cannot be exported to ONNX: (?!Failed).*\(.*test_quantize"
+    ) as caught:
         build_graph(DataDependent(), (3, 4, 4), "dependent")
+    assert str(caught.value).isprintable()  # one line, no colours of a terminal
     with pytest.raises(BadModelError, match="cannot be read as an ONNX model"):
         read_graph(__file__)
 

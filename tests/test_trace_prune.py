@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sample_networks import NETWORKS, Residual, patterns, settled, unprunable
+from sample_networks import BLOCKS, NETWORKS, GroupNormed, Residual, patterns, settled, unprunable
 from torch import Tensor, nn
 
 from edgecompress.channel_groups import tensors_of
@@ -27,6 +28,7 @@ ZOO = ("resnet8", "resnet20", "mobilenet_cifar")
 CASES = {
     **{name: (lambda kind=kind: kind(4), (3, 16, 16)) for name, kind in NETWORKS.items()},
     **{name: (lambda name=name: build_model(name, 10), (3, 32, 32)) for name in ZOO},
+    **{name: (lambda kind=BLOCKS[name]: kind(4), (3, 16, 16)) for name in ("gated", "fire", "inception")},
     "zoo vgg": (lambda: CifarVgg((1, 1, 1, 1, 1), 10), (3, 32, 32)),  # one convolution a stage: a fifth of the time
 }
 
@@ -111,16 +113,20 @@ def measured_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
 
 
 def test_pruned_network_equals_the_masked_one_and_costs_what_was_predicted(any_case):
-    check_equality(*any_case, seed=0)
+    check_equality(*any_case, *random_policy(any_case[2], 0))
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_pruned_network_equals_the_masked_one_at_other_widths(tiny, seed):
-    check_equality(*tiny, seed=seed)
+    check_equality(*tiny, *random_policy(tiny[2], seed))
 
 
-def check_equality(model, shape, traced, seed: int) -> None:
-    widths, scores = random_policy(traced, seed)
+def halved(traced) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Half the channels of every group that can be cut, by scores drawn at random."""
+    return {group.id: group.width // 2 for group in traced.network.prunable_groups}, random_policy(traced, 0)[1]
+
+
+def check_equality(model, shape, traced, widths: dict[str, int], scores: dict[str, Tensor]) -> None:
     x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(9))
     smaller = prune(model, traced, widths, scores)
     with torch.no_grad():
@@ -135,6 +141,55 @@ def check_equality(model, shape, traced, seed: int) -> None:
         weight = smaller.get_submodule(kernel.layer.name).weight
         assert weight.shape[0] == kernel.out_channels
         assert weight.shape[1] == (1 if kernel.layer.kind == "depthwise" else kernel.in_channels)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_half_of_every_group_but_the_outputs_goes_and_training_goes_on(name):
+    check_half(settled(BLOCKS[name](4)), (3, 16, 16), name)
+
+
+def test_every_group_of_a_groupnorm_keeps_the_same_places():
+    """Its groups are 4 channels wide behind the stem, 8 behind the second convolution, and both norm the same channels."""
+    model = settled(GroupNormed(4))
+    with torch.no_grad():
+        for norm in (model.norm0, model.norm1, model.norm2):
+            norm.weight.copy_(torch.arange(norm.num_channels))
+    traced = trace(model, (3, 16, 16), "groupnorm")
+    assert {group.id: group.width for group in traced.network.prunable_groups} == {"stem": 4, "conv1": 6}
+    smaller = prune(model, traced, *halved(traced))
+    for name in ("norm0", "norm1", "norm2"):
+        norm, before = smaller.get_submodule(name), model.get_submodule(name)
+        places = norm.weight.view(before.num_groups, -1) % (before.num_channels // before.num_groups)
+        assert bool((places == places[0]).all()), name
+
+
+@pytest.mark.slow  # all of tracing, on whole networks
+@pytest.mark.parametrize("name", ["squeezenet1_1", "mobilenet_v3_small"])
+def test_half_of_every_group_of_a_whole_network_goes_and_training_goes_on(name):
+    torch.manual_seed(0)
+    check_half(build_model(name, 10), (3, 64, 64), name)
+
+
+def check_half(model: nn.Module, shape: tuple[int, ...], name: str) -> None:
+    """Half of all groups but the outputs' goes: what is left costs what was predicted, and learns with all of its weights."""
+    traced = trace(model, shape, name)
+    widths, scores = halved(traced)
+    assert {g.id: g.reason for g in traced.network.groups if g.id not in widths} == {
+        traced.network.layers[-1].name: "its channels are the network's output"
+    }
+    policy = CompressionPolicy(model="", keep_channels=widths)
+    smaller = prune(model, traced, widths, scores)
+    cost = count(traced.network, policy)
+    assert cost.params == sum(parameter.numel() for parameter in smaller.parameters())
+    assert cost.macs == measured_macs(smaller, shape)
+    for kernel in kernels(traced.network, policy)[:-1]:
+        layer, before = smaller.get_submodule(kernel.layer.name), model.get_submodule(kernel.layer.name)
+        assert layer.weight.shape[0] == kernel.out_channels == before.weight.shape[0] // 2, kernel.layer.name
+    torch.manual_seed(0)
+    outputs = smaller.train()(torch.randn(2, *shape))
+    outputs.square().mean().backward()
+    assert outputs.shape == (2, model(torch.zeros(1, *shape)).shape[1])
+    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in smaller.parameters())
 
 
 def test_smallest_policy_leaves_one_channel_everywhere_and_still_runs(tiny):
@@ -413,6 +468,29 @@ class Acts(nn.Module):
         return result
 
 
+class SharedNorm(nn.Module):
+    """One BatchNorm behind two convolutions: its channels are those of both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.fc = nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.stem(x)))
+        result: Tensor = self.fc(F.relu(self.norm(self.deep(x))).mean((2, 3)))
+        return result
+
+
+def test_convolutions_that_share_a_batchnorm_are_one_group():
+    model, shape = settled(SharedNorm()), (3, 8, 8)
+    traced = trace(model, shape, "shared")
+    (group,) = traced.network.prunable_groups
+    assert (group.members, group.norm_params_per_channel) == (("stem", "deep"), 2)
+    check_equality(model, shape, traced, *halved(traced))
+    assert prune(model, traced, {"stem": 4}).norm.num_features == 4
+
+
 class Auxiliary(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -423,9 +501,16 @@ class Auxiliary(nn.Module):
         return (self.fc(x), self.aux(x)) if self.training else self.fc(x)
 
 
-def hooked() -> nn.Module:
+def hooked(kind: str = "forward") -> nn.Module:
     model = Residual(4)
-    model.a1[0].register_forward_hook(lambda m, x, y: 2 * y)
+    getattr(model.a1[0], f"register_{kind}_hook")(lambda *told: None)
+    return model
+
+
+def masked(value: float) -> nn.Module:
+    """What it adds to its input is in no checkpoint."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Acts(lambda x: x + model[1].added), nn.Linear(4, 2))
+    model[1].register_buffer("added", torch.tensor([0.0, value, 0.0, 0.0]), persistent=False)
     return model
 
 
@@ -435,14 +520,37 @@ def tied() -> nn.Module:
     return model
 
 
+def filled_in(x: Tensor) -> Tensor:
+    """The mask is a constant until the image is written into it."""
+    mask = torch.zeros(x.shape, dtype=torch.bool)
+    mask[:] = x > 0
+    return x * x[mask].mean()
+
+
 BAD_MODELS = {
     "branch": (lambda: Acts(lambda x: x if x.sum() > 0 else -x), r"depends on the image: .*\(__bool__\) \(.*test_trace_prune"),
     "number": (lambda: Acts(lambda x: x * x.max().item()), r"depends on the image: it reads a tensor's value \(item\)"),
+    "equal": (lambda: Acts(lambda x: x if torch.equal(x, x.abs()) else -x), r"depends on the image: .*\(equal\)"),
+    "allclose": (lambda: Acts(lambda x: x if torch.allclose(x, x.abs()) else -x), r"depends on the image: .*\(allclose\)"),
+    "is_nonzero": (lambda: Acts(lambda x: x if torch.is_nonzero(x[0, 0]) else -x), r"depends on the image: .*\(is_nonzero\)"),
+    "numpy": (
+        lambda: Acts(lambda x: x + torch.from_numpy(x.detach().cpu().numpy())), r"depends on the image: .*value \(numpy\)",
+    ),
+    "asarray": (lambda: Acts(lambda x: x * float(np.asarray(x).max())), r"depends on the image: .*value \(__array__\)"),
+    "nonzero": (lambda: Acts(lambda x: x + len(torch.nonzero(x))), r"depends on the image: .*shape follows values \(nonzero\)"),
+    "nonzero of": (lambda: Acts(lambda x: x + len(x.relu().nonzero())), r"depends on the image: .*values \(nonzero\)"),
+    "where": (lambda: Acts(lambda x: x + len(torch.where(x > 0)[0])), r"depends on the image: .*values \(where\)"),
+    "mask": (lambda: Acts(lambda x: x * x[x > 0].mean()), r"depends on the image: .*values \(__getitem__\) \(.*test_trace_prune"),
+    "masked": (lambda: Acts(filled_in), r"depends on the image: .*shape follows values \(__getitem__\)"),
     "one image": (lambda: Acts(lambda x: x.sum(0)), "its shapes depend on the batch"),
     "only one": (lambda: Acts(lambda x: x.view(1, 4)), "runs on one image and fails on two"),
     "mixed": (lambda: Acts(lambda x: x - x.mean(0)), "another output when a second one is beside it"),
     "nothing": (lambda: Acts(lambda x: None), "returns no tensor"),
     "hook": (hooked, r"The layer 'a1\.0' of bad has a hook"),
+    "pre-hook": (lambda: hooked("forward_pre"), r"The layer 'a1\.0' of bad has a hook"),
+    "backward hook": (lambda: hooked("full_backward"), r"The layer 'a1\.0' of bad has a hook"),
+    "backward pre-hook": (lambda: hooked("full_backward_pre"), r"The layer 'a1\.0' of bad has a hook"),
+    "buffer": (lambda: masked(float("nan")), r"The buffer '1\.added' of bad holds NaN"),
     "weight norm": (
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1))), "hook or a parametrization",
     ),
@@ -460,6 +568,33 @@ def test_network_that_cannot_be_cut_is_refused_in_one_sentence(case):
     with pytest.raises(BadModelError, match=wanted) as caught:
         trace(make(), (3, 8, 8), "bad")
     assert "\n" not in str(caught.value)
+
+
+class Windowed(nn.Module):
+    """Its shapes follow masks, but the same for every image: a buffer and what is computed from sizes alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 1), nn.Linear(8, 4)
+        self.register_buffer("window", torch.arange(64).reshape(8, 8) % 3 > 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        later = torch.arange(x.shape[2])[:, None] < torch.arange(x.shape[3])
+        rows, columns = torch.where(~self.window)
+        x = x[:, :, self.window].mean(2) + x[..., rows, columns].mean(2) + x[..., later.logical_not()].mean(2)
+        x[x > 9] = 9.0  # as many values as before
+        result: Tensor = self.fc(torch.where(x > 0, x, 0.1 * x))
+        return result
+
+
+def test_infinity_in_a_buffer_is_a_mask():
+    assert trace(masked(float("-inf")), (3, 8, 8), "masked").network.layers
+
+
+def test_masks_that_are_the_same_for_every_image_are_no_control_flow():
+    traced = trace(Windowed(), (3, 8, 8), "windowed")
+    assert [group.id for group in traced.network.prunable_groups] == ["conv"]
 
 
 def test_dependencies_that_cannot_be_followed_are_refused(monkeypatch):
