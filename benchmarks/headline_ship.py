@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +10,9 @@ from cells import Cell
 from headline_lab import Effort, Lab
 
 from edgecompress.runs import RunFolder
-from edgecompress.shipped import SHIPPED, Card
+from edgecompress.shipped import INTEGERS, SHIPPED, Card, pack
 
 LARGEST = 5_000_000  # bytes of all files together
-FILES = ("arch.json", "model.safetensors", "exports/model.int8.onnx")
 LICENCES = {"resnet56": "BSD-2-Clause: compressed from akamaster/pytorch_resnet_cifar10 (Yerlan Idelbayev)"}
 OURS = "Apache-2.0: trained by the authors of edgecompress on CIFAR-10 (Krizhevsky 2009)"
 
@@ -29,10 +27,6 @@ def ship(network: str, seed: int, effort: Effort, known: Mapping[str, Cell]) -> 
     mine, tuned = (known[name] for name in needed)
     run = RunFolder(lab.folder / "runs" / f"ours-ddpg-{seed}")
     target = SHIPPED / f"{network.removesuffix('_cifar')}-cifar10"
-    shutil.rmtree(target, ignore_errors=True)
-    (target / "exports").mkdir(parents=True)
-    for name in FILES:
-        shutil.copy(run.file(name), target / name)
     card = Card(
         base=network,
         data="CIFAR-10, 10,000 test images as JPEG files",
@@ -41,11 +35,11 @@ def ship(network: str, seed: int, effort: Effort, known: Mapping[str, Cell]) -> 
         params=mine["params"],
         macs=mine["macs"],
         average_weight_bits=mine["bits"],
-        size_bytes=(target / "exports/model.int8.onnx").stat().st_size,
+        size_bytes=run.file(INTEGERS).stat().st_size,
         row=f"docs/benchmarks/headline.md, {network}: ours/{seed}",
         licence=LICENCES.get(network, OURS),
     )
-    (target / "card.json").write_text(json.dumps(card.model_dump(mode="json"), indent=1) + "\n")
+    pack(run, target, card)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     if size > LARGEST:
         shutil.rmtree(target)
