@@ -45,6 +45,11 @@ def recover(job: Job, policy: CompressionPolicy) -> tuple[nn.Module, Compression
     return _without_noisy_weights(job, model, noise, policy, chosen)
 
 
+def sparse_epochs(finetune_epochs: int) -> int:
+    """Epochs that the remaining weights are trained for where single ones went, on top of the fine-tuning."""
+    return max(2, finetune_epochs // 2)
+
+
 def learn_noise(job: Job, model: nn.Module) -> tuple[nn.Module, WeightNoise]:
     """A short training under information dropout and weight noise; returns the network (noise off) and the noise."""
     epochs = job.config.noise_epochs
@@ -82,7 +87,7 @@ def _without_noisy_weights(
         keep = {name: chosen.get(name, (1 + fraction) / 2) for name, fraction in keep.items()}
         sparse = prune_elements(model, noise, keep, pattern)
     hold_zeros(sparse)
-    epochs = max(2, job.config.finetune_epochs // 2)
+    epochs = sparse_epochs(job.config.finetune_epochs)
     job.progress.stage("Fine-tune the remaining weights", epochs)
     train(
         sparse, job.data, train_settings(job, epochs, 0.5), teacher=job.original,

@@ -28,6 +28,7 @@ from edgecompress.pipeline import saved_graph
 from edgecompress.prepare import at_8_bits, calibration_batches
 from edgecompress.progress import Progress
 from edgecompress.quantize import Simulator, calibrate
+from edgecompress.recover import sparse_epochs
 from edgecompress.spaces import SearchSpace
 from edgecompress.spec import CompressionPolicy, Frozen, LayerChoice, Stage, Trial
 from edgecompress.variational import kl_penalty, with_noise
@@ -224,7 +225,7 @@ def _after_pruning(job: Job, smaller: nn.Module) -> Iterator[PlannedTraining]:
 
         title = "Learn the noise of units and weights"
         yield one_training(job, "prune", title, config.noise_epochs, noisy, teacher=teacher, penalty=penalty)
-        epochs = max(2, config.finetune_epochs // 2)
+        epochs = sparse_epochs(config.finetune_epochs)
         yield plain.model_copy(update={"title": "Fine-tune the remaining weights", "epochs": epochs})
 
 
