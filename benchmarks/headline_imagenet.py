@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from cells import Cell
 from headline_lab import FOLDER, TARGET, Stopwatch, search_and_training, where
 
+from edgecompress.files import write_text
+
 BUDGET = "params=0.0303x,size=0.0075x"  # the paper's ratio on ImageNet, 33x
 BATCH = 32
 COMMAND = (
@@ -27,16 +29,16 @@ COMMAND = (
 LITTLE: dict[str, Any] = {"episodes": 24, "finetune_epochs": 1, "qat_epochs": 1}
 # Select-val is measured 256 images at once, as the real one: that decides the peak of memory.
 IMAGES = {"train": 96, "calibration": 32, "search_val": 64, "select_val": 256, "test": 64}
-RUN = "vgg16-224"
+RUN, RUNS = "vgg16-224", FOLDER / "runs"
 
 
 def imagenet_shapes() -> Cell:
     """Runs in a process of its own, so that its peak of memory is its own; goes on where it was broken off."""
     command = [sys.executable, __file__, str(torch.get_num_threads())]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}; what it said stands above.")
-    cell: Cell = json.loads(done.stdout.splitlines()[-1])
+    cell: Cell = json.loads((RUNS / f"{RUN}.cell.json").read_text())
     return cell
 
 
@@ -64,7 +66,7 @@ def data() -> Any:
 
 
 def main(threads: int) -> None:
-    """Compress, load the file, and say what it took as one line of JSON."""
+    """Compress, load the file, and write down what it took."""
     from edgecompress import compress
     from edgecompress.exporters.runners import OnnxRuntimeRunner, measure_latency_us
     from edgecompress.models import build_model
@@ -72,10 +74,9 @@ def main(threads: int) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model = build_model("vgg16", 1000).eval()
-    runs = FOLDER / "runs"
-    watch = Stopwatch(runs / f"{RUN}.seconds.json", RUN)
+    watch = Stopwatch(RUNS / f"{RUN}.seconds.json", RUN)
     run = compress(
-        model, data(), TARGET, BUDGET, name=RUN, runs=runs, resume=(runs / RUN / "config.json").exists(),
+        model, data(), TARGET, BUDGET, name=RUN, runs=RUNS, resume=(RUNS / RUN / "config.json").exists(),
         progress=watch, batch_size=BATCH, threads=threads, **LITTLE,
     )  # fmt: skip
     watch.tick()
@@ -88,7 +89,7 @@ def main(threads: int) -> None:
         loads[name] = time.perf_counter() - start
         times[name] = measure_latency_us(runner, x, seconds=3)["median_us"]
         del runner
-    print(json.dumps({
+    cell = {
         "params": [report.original.cost.params, report.compressed.cost.params],
         "macs": [report.original.cost.macs, report.compressed.cost.macs],
         "bytes": [(exports / "original.onnx").stat().st_size, (exports / report.compressed.file).stat().st_size],
@@ -103,7 +104,8 @@ def main(threads: int) -> None:
         "arms": report.found_by,
         "hours": {part: round(value / 3600, 4) for part, value in search_and_training(watch.seconds).items()},
         "where": where(model),
-    }))  # fmt: skip
+    }
+    write_text(RUNS / f"{RUN}.cell.json", json.dumps(cell))
 
 
 if __name__ == "__main__":

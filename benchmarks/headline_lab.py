@@ -44,7 +44,7 @@ TARGET = "x86" if has_vnni() else "x86-avx2"
 SHAPE = (3, 32, 32)
 # Titles of a run's parts; all others are preparation and search, the finalists' short training too.
 TRAINING = ("Fine-tune with distillation", "Fine-tune the remaining weights", "Quantisation-aware training")
-PROOF = "Export and verify"
+PROOF, PREPARATION = "Export and verify", "preparation"
 
 
 class BusyError(Exception):
@@ -58,16 +58,17 @@ class Stopwatch(Silent):
     """
 
     def __init__(self, path: Path, title: str) -> None:
-        self._path, self._title, self._part = path, title, "preparation"
+        self._path, self._title, self._part = path, title, PREPARATION
         self._last = time.monotonic()
         found = json.loads(path.read_text()) if path.exists() else {}
         self.seconds: dict[str, float] = found.get("seconds", {})
         self.peak_bytes: int = found.get("peak_bytes", 0)
 
-    def tick(self) -> None:
-        """What was done since the last time belongs to the part that is on."""
+    def tick(self, *, trained: bool = False) -> None:
+        """What was done since the last time belongs to the part that is on; to a training only what ends with an epoch."""
         now = time.monotonic()
-        self.seconds[self._part] = round(self.seconds.get(self._part, 0.0) + now - self._last, 3)
+        part = self._part if trained or self._part not in TRAINING else PREPARATION
+        self.seconds[part] = round(self.seconds.get(part, 0.0) + now - self._last, 3)
         self._last = now
         self.peak_bytes = max(self.peak_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         write_text(self._path, json.dumps({"seconds": self.seconds, "peak_bytes": self.peak_bytes}))
@@ -81,7 +82,7 @@ class Stopwatch(Silent):
         self.tick()
 
     def epoch(self, epoch: int, epochs: int, loss: float) -> None:
-        self.tick()
+        self.tick(trained=True)
         print(f"     {self._title}: epoch {epoch} of {epochs}, loss {loss:.4f}", flush=True)
 
     def step(self, done: int, total: int) -> None:

@@ -74,7 +74,11 @@ def _pruned(lab: Lab, pruner: str, job: Job, title: str) -> tuple[nn.Module, dic
 
 
 def cut(lab: Lab, start: nn.Module, pruner: str, budget: str) -> nn.Module:
-    """The largest network that Torch-Pruning cuts out of ``start`` within ``budget``."""
+    """The largest network that Torch-Pruning cuts out of ``start`` within ``budget``.
+
+    Raises:
+        ValueError: it finds none.
+    """
     import torch_pruning
 
     (limit,) = parse_budgets(budget)
@@ -91,12 +95,18 @@ def cut(lab: Lab, start: nn.Module, pruner: str, budget: str) -> nn.Module:
         ).step()  # fmt: skip
         return model
 
+    def fits(model: nn.Module) -> bool:
+        return lab.cost_of(model).metric(limit.metric) <= most
+
     low, high = 0.0, 0.95
     for _ in range(12):
         middle = (low + high) / 2
-        fits = lab.cost_of(at(middle)).metric(limit.metric) <= most
-        low, high = (low, middle) if fits else (middle, high)
-    return at(high)
+        low, high = (low, middle) if fits(at(middle)) else (middle, high)
+    if not fits(found := at(high)):
+        raise ValueError(
+            f"{pruner} cuts nothing within {budget} out of {lab.network.name}; raise its share in headline_plan.py"
+        )
+    return found
 
 
 def _slimmed(lab: Lab, seed: int, epochs: int) -> tuple[nn.Module, str]:

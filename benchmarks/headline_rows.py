@@ -38,7 +38,7 @@ def rows(bench: Benchmark, known: Known, networks: Sequence[Network]) -> None:
         "seeds": f"ours and the tuned original {', '.join(map(str, SEEDS))}; peers and our own baselines 0",
         "hours": "of search: sensitivities, episodes and the finalists' short training; of training: those of the file's own trainings, "
         "one that several files share in the row of each; added up where a run was broken off and went on",
-        "non-zeros": "parameters that are not zero",
+        "epochs": "after the baseline; ours is short of its sparse ones where its policy removed no single weights",
     }
     agents = [row for network in networks if (row := _own_baselines(known, network))]
     if agents:
@@ -263,12 +263,18 @@ def _row(job: Job, cell: Cell, start: Cell) -> dict[str, Any]:
         "average weight bits": cell.get("bits", 32),
         "latency, us": cell.get("latency_us"),
         "times faster": _ratio(start.get("latency_us"), cell.get("latency_us")),
+        "epochs": _epochs(job, cell),
         "hours of search": hours.get("search", 0.0),
         "hours of training": hours.get("training", 0.0),
         "hours in all": round(sum(hours.values()), 3),
         "starts from": cell.get("starts_from", "" if job.kind == "original" else "original/0"),
         "found by": _arms(cell),
     }
+
+
+def _epochs(job: Job, cell: Cell) -> int:
+    """Of training after the baseline; ours has fewer where its policy removed no single weights."""
+    return 0 if job.kind == "original" else sum(cell.get("epochs", {"all": job.network.effort.tune_epochs}).values())
 
 
 def _ratio(before: float | None, after: float | None) -> float | None:

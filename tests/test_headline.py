@@ -14,7 +14,9 @@ import headline
 import headline_lab
 import headline_rows
 from cells import Cells, claimed
+from command_line import call
 from harness import Benchmark
+from headline_imagenet import COMMAND
 from headline_lab import BusyError, Lab, Stopwatch, search_and_training
 from headline_peers import cut, slimming_epochs, slimming_strength
 from headline_plan import IMAGENET, NETWORKS, Effort, Job, Network, all_jobs, jobs_of
@@ -148,6 +150,14 @@ def test_nothing_finished_says_so():
     assert all(bar.value is None and "not finished" in bar.reason for bar in bars.values())
 
 
+def test_the_command_for_imagenet_is_one_and_only_lacks_the_images(repository, tmp_path, monkeypatch):
+    page = (repository / "docs" / "guides" / "data.md").read_text()
+    assert COMMAND in " ".join(page.replace("\\\n", " ").split())
+    monkeypatch.chdir(tmp_path)
+    called = call(*COMMAND.split()[1:])
+    assert called.code == 2 and "imagenet" in called.err and "option" not in called.err
+
+
 def test_rows_of_files_and_of_the_paper():
     known = everything(arms={"prune": "ddpg"})
     row = next(row for row in headline_rows.table(known, VGG) if row["file"].startswith("ours@"))
@@ -179,12 +189,13 @@ def test_peers_are_cut_by_macs_or_by_parameters():
 
 
 def test_seconds_add_up_when_a_work_goes_on(tmp_path, monkeypatch):
-    now = iter([0.0, 2.0, 12.0, 100.0, 103.0, 104.0])
+    now = iter([0.0, 2.0, 12.0, 100.0, 101.0, 103.0, 104.0])
     monkeypatch.setattr(headline_lab.time, "monotonic", lambda: next(now))
     first = Stopwatch(tmp_path / "a.json", "a")
     first.stage("Fine-tune with distillation", 4)
     first.epoch(1, 4, 0.0)
     again = Stopwatch(tmp_path / "a.json", "a")  # its kill took what came after the epoch
+    again.stage("Fine-tune with distillation", 1)  # nothing is left of it: what follows is no training
     again.stage("Export and verify", 1)
     again.tick()
     found = search_and_training(again.seconds)
