@@ -128,7 +128,11 @@ def rehearse() -> list[str]:
 
 def main() -> None:
     """Run what is asked for, then render the page."""
-    wanted = _parser().parse_args()
+    parser = _parser()
+    wanted = parser.parse_args()
+    shipped, _, seed = (wanted.ship or "").partition(":")
+    if unknown := {*wanted.networks, *filter(None, [shipped])} - NETWORKS.keys():
+        parser.error(f"no such network: {', '.join(sorted(unknown))}; expected of {', '.join(NETWORKS)}")
     torch.set_num_threads(wanted.threads)
     if wanted.quick:
         _end(rehearse())
@@ -136,9 +140,8 @@ def main() -> None:
     effort = {field.name: getattr(wanted, field.name) for field in fields(Effort)}
     networks = tuple(network.with_effort(**effort) for network in NETWORKS.values())
     cells = Cells(FOLDER, RESULTS / "headline_cells.json")
-    if wanted.ship:
-        name, _, seed = wanted.ship.partition(":")
-        (network,) = (network for network in networks if network.name == name)
+    if shipped:
+        (network,) = (network for network in networks if network.name == shipped)
         print(f"shipped as {ship(network, int(seed or 0), cells.all()).name}")
         return
     chosen = tuple(network for network in networks if network.name in wanted.networks)
