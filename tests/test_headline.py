@@ -10,6 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import cifar10
 import headline
 import headline_lab
 import headline_rows
@@ -237,3 +238,25 @@ def test_one_process_trains_a_network(tmp_path):
     with claimed(path) as mine, pytest.raises(BusyError, match="another process trains baseline-1x45000"):
         assert mine
         assert lab.baseline
+
+
+def test_torchvisions_images_take_the_place_of_jpeg_files(tmp_path, monkeypatch):
+    import numpy as np
+    import torchvision.datasets
+
+    class Small:
+        def __init__(self, root, train, download):
+            count = 6000 if train else 20
+            self.data = np.zeros((count, 32, 32, 3), np.uint8)
+            self.targets = [index % 10 for index in range(count)]
+
+    for name in ("images", "held_out_rows", "seen_rows"):
+        monkeypatch.setattr(cifar10, name, getattr(cifar10, name).__wrapped__)
+    monkeypatch.setattr(cifar10, "DATA", tmp_path)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Small)
+    data = Lab(VGG).data
+    assert data.name == "cifar10" and data.classes[0] == "airplane"
+    assert (len(data.train), len(data.search_val), len(data.select_val), len(data.test)) == (1000, 2500, 2500, 20)
+    assert not set(cifar10.held_out_rows()) & set(cifar10.seen_rows())
+    with pytest.raises(FileNotFoundError, match=r"resnet56 was trained on JPEG files.*EDGECOMPRESS_DATA"):
+        cifar10.network("resnet56")
