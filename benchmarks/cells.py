@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from edgecompress.files import written_whole
 
@@ -43,7 +43,7 @@ class Cells:
         known = self.all().get(name)
         if known is not None:
             return known
-        with self._claimed(name) as mine:
+        with claimed(self._locks / name.replace("/", "--")) as mine:
             if not mine:
                 print(f"     {name}: another process is at it", flush=True)
                 return None
@@ -94,15 +94,15 @@ class Cells:
         with written_whole(self.committed) as temporary:
             temporary.write_text('{"cells": {\n' + ",\n".join(lines) + "\n}}\n")
 
-    @contextmanager
-    def _claimed(self, name: str) -> Iterator[bool]:
-        with (self._locks / name.replace("/", "--")).open("w") as stream:
-            yield _locked(stream)
 
-
-def _locked(stream: IO[str]) -> bool:
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Hold the lock file ``path`` while the block runs; False, without waiting, where another process holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

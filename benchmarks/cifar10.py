@@ -1,4 +1,4 @@
-"""CIFAR-10 as JPEG files, the checkpoints that belong to it, and networks trained on it: for the benchmarks of stage 2."""
+"""CIFAR-10 as JPEG files (else torchvision's), the checkpoints that belong to them, and networks trained on them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from edgecompress.spec import Preprocessing
 KEPT = ROOT / "build" / "quantize_cifar10"
 DATA = Path(os.environ.get("EDGECOMPRESS_DATA", "data"))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CHECKPOINTS = ("resnet20", "resnet56")
 DEPTHWISE = "mobilenetv2_cifar"
 DEPTHWISE_TRAINING = TrainSettings(epochs=8, learning_rate=0.1, batch_size=128, distill=0.0)
@@ -32,9 +33,14 @@ DEPTHWISE_TRAINING = TrainSettings(epochs=8, learning_rate=0.1, batch_size=128, 
 
 @cache
 def images(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """All images ``uint8 [N, 3, 32, 32]`` and labels of ``train`` or ``test``, in the order of their names."""
+    """All images ``uint8 [N, 3, 32, 32]`` and labels of ``train`` or ``test``, in the order of their names.
+
+    Where there are no JPEG files, those of torchvision in its order, fetched if need be.
+    """
     from PIL import Image
 
+    if not has_jpeg_files():
+        return _published(split)
     kept = KEPT / f"{split}.npz"  # reading 60,000 JPEG files takes longer than most cells
     if kept.exists():
         with np.load(kept) as file:
@@ -57,9 +63,26 @@ def images(split: str) -> tuple[np.ndarray, np.ndarray]:
     return pixels, labels
 
 
+def has_jpeg_files() -> bool:
+    """Whether the images are the JPEG files; their checkpoints lose about ten points on the original pixels."""
+    return (DATA / "cifar10-jpeg.tar.gz").exists()
+
+
+def _published(split: str) -> tuple[np.ndarray, np.ndarray]:
+    from torchvision.datasets import CIFAR10
+
+    found = CIFAR10(str(DATA), train=split == "train", download=True)
+    return np.ascontiguousarray(found.data.transpose(0, 3, 1, 2)), np.array(found.targets)
+
+
 @cache
 def held_out_rows() -> np.ndarray:
-    """The 5,000 training images that ResNet-20 and the depthwise network never saw, shuffled; ResNet-56 saw them all."""
+    """The 5,000 training images that ResNet-20 and the depthwise network never saw, shuffled; ResNet-56 saw them all.
+
+    Of torchvision's images a draw of 5,000.
+    """
+    if not has_jpeg_files():
+        return np.random.default_rng(0).permutation(len(images("train")[1]))[:5000]
     held = np.array(json.loads((DATA / "resnet20_heldout.json").read_text()))
     return np.random.default_rng(0).permutation(held)
 
@@ -88,8 +111,8 @@ def dataset(train_images: int) -> Dataset:
     held = part("train", held_out_rows()[:500])
     how = Preprocessing(size=(32, 32), mean=MEAN, std=STD)
     return Dataset(
-        name="cifar10-jpeg",
-        classes=tuple(str(label) for label in range(10)),
+        name="cifar10-jpeg" if has_jpeg_files() else "cifar10",
+        classes=CLASSES,
         preprocessing=how,
         augmentation="crop_flip",
         train=part("train", seen_rows()[:train_images]),
@@ -103,6 +126,11 @@ def dataset(train_images: int) -> Dataset:
 def network(name: str) -> nn.Module:
     """A checkpoint, or the depthwise network after its training (kept under build/)."""
     model = build_model(name, 10)
+    if name in CHECKPOINTS and not has_jpeg_files():
+        raise FileNotFoundError(
+            f"The checkpoint of {name} was trained on JPEG files, and {DATA} has no cifar10-jpeg.tar.gz. Point EDGECOMPRESS_DATA to "
+            "the folder that holds both."
+        )
     if name != DEPTHWISE:
         load_weights(model, DATA / f"{name}_cifar10jpeg.safetensors")
         return model.eval()

@@ -73,7 +73,7 @@ class Benchmark:
         document = {
             "provenance": provenance(torch.get_num_threads())
             | {
-                "commit": _commit(),
+                "commit": commit(),
                 "seconds": str(round(time.monotonic() - self.started)),
                 "command": f"python benchmarks/{self.name}.py",
             },
@@ -88,7 +88,8 @@ class Benchmark:
         print(f"wrote docs/benchmarks/{self.name}.json and {self.name}.md")
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Of the working tree, short; marked where files were changed since."""
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -2,52 +2,47 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from cells import Cell
-from headline_lab import Effort, Lab
+from headline_lab import Lab, run_folder
+from headline_plan import Job, Network
 
 from edgecompress.runs import RunFolder
-from edgecompress.shipped import SHIPPED, Card
+from edgecompress.shipped import INTEGERS, SHIPPED, Card, pack
 
 LARGEST = 5_000_000  # bytes of all files together
-FILES = ("arch.json", "model.safetensors", "exports/model.int8.onnx")
 LICENCES = {"resnet56": "BSD-2-Clause: compressed from akamaster/pytorch_resnet_cifar10 (Yerlan Idelbayev)"}
 OURS = "Apache-2.0: trained by the authors of edgecompress on CIFAR-10 (Krizhevsky 2009)"
 
 
-def ship(network: str, seed: int, effort: Effort, known: Mapping[str, Cell]) -> Path:
-    """Copy the network, its integer file and a card into the package; ``known`` are the finished cells."""
-    lab, at = Lab(network, effort), f"{network}/{effort}"
-    needed = f"{at}/ours/{seed}", f"{at}/tuned/{seed}"
-    missing = [name for name in needed if name not in known]
+def ship(network: Network, seed: int, known: Mapping[str, Cell]) -> Path:
+    """Put the network, its integer file and a card into the package; ``known`` are the finished cells."""
+    lab, mine = Lab(network), Job("ours", network, "ours", seed, network.budget)
+    needed = mine, Job("tuned", network, "tuned", seed)
+    missing = [job.name for job in needed if job.name not in known]
     if missing:
-        raise SystemExit(f"{', '.join(missing)}: not finished. Run --networks {network} --kinds tuned,ours first.")
-    mine, tuned = (known[name] for name in needed)
-    run = RunFolder(lab.folder / "runs" / f"ours-ddpg-{seed}")
-    target = SHIPPED / f"{network.removesuffix('_cifar')}-cifar10"
-    shutil.rmtree(target, ignore_errors=True)
-    (target / "exports").mkdir(parents=True)
-    for name in FILES:
-        shutil.copy(run.file(name), target / name)
+        raise SystemExit(f"{', '.join(missing)}: not finished. Run --networks {network.name} --kinds tuned,ours first.")
+    cell, tuned = (known[job.name] for job in needed)
+    run = RunFolder(run_folder(lab, mine))
+    target = SHIPPED / f"{network.name.removesuffix('_cifar')}-cifar10"
     card = Card(
-        base=network,
-        data="CIFAR-10, 10,000 test images as JPEG files",
-        accuracy=mine["test"] / 100,
+        base=network.name,
+        data=f"CIFAR-10 ({cell['data']}), 10,000 test images",
+        accuracy=cell["test"] / 100,
         baseline_accuracy=tuned["test"] / 100,
-        params=mine["params"],
-        macs=mine["macs"],
-        average_weight_bits=mine["bits"],
-        size_bytes=(target / "exports/model.int8.onnx").stat().st_size,
-        row=f"docs/benchmarks/headline.md, {network}: ours/{seed}",
-        licence=LICENCES.get(network, OURS),
+        params=cell["params"],
+        macs=cell["macs"],
+        average_weight_bits=cell["bits"],
+        size_bytes=run.file(INTEGERS).stat().st_size,
+        row=f"docs/benchmarks/headline.md, {network.title}: {mine.file}",
+        licence=LICENCES.get(network.name, OURS),
     )
-    (target / "card.json").write_text(json.dumps(card.model_dump(mode="json"), indent=1) + "\n")
+    pack(run, target, card)
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
     if size > LARGEST:
         shutil.rmtree(target)
-        raise SystemExit(f"{network} has {size:,} bytes; at most {LARGEST:,} are shipped.")
+        raise SystemExit(f"{network.name} has {size:,} bytes; at most {LARGEST:,} are shipped.")
     return target

@@ -145,7 +145,7 @@ def decode(
     shape = (len(paths), channels, *how.size)
     if fits_in_memory(shape):
         held = np.empty(shape, np.uint8)
-        return _without_broken(held, _fill(held, paths, how, convert, on_read), paths)
+        return _decoded(held, _fill(held, paths, how, convert, on_read), paths)
     path = cache_folder() / "images" / f"{_key(paths, how, channels)}.npy"
     record = path.with_suffix(".json")
     if not path.exists():
@@ -153,7 +153,7 @@ def decode(
             broken = _fill(held, paths, how, convert, on_read)
             write_text(record, json.dumps(broken))
     mapped = np.load(path, mmap_mode="c")  # private: torch wants memory that it may write to
-    return _without_broken(mapped, [(int(at), why) for at, why in json.loads(record.read_text())], paths)
+    return _decoded(mapped, [(int(at), why) for at, why in json.loads(record.read_text())], paths)
 
 
 def fits_in_memory(shape: tuple[int, ...]) -> bool:
@@ -168,45 +168,49 @@ def _fill(
     convert: Callable[[Image, Preprocessing], Pixels],
     on_read: OnRead,
 ) -> list[tuple[int, str]]:
-    """Decode into ``held``; returns positions that could not be read, with the reason."""
+    """Decode into ``held``, one behind the other; returns positions that could not be read, with the reason.
+
+    A file that cannot be read leaves no gap: closing one later would copy all images behind it, out of a mapped file into
+    memory.
+    """
     from PIL import Image as images
 
-    def read(at: int) -> str:
+    def read(at: int) -> Pixels | str:
         try:
             with images.open(paths[at]) as file:
-                held[at] = convert(file, how)
+                return convert(file, how)
         except MemoryError:
             raise
         except Exception as error:  # Pillow's readers raise nearly everything on a torn file
             return str(error) or type(error).__name__
-        return ""
 
     broken: list[tuple[int, str]] = []
     told = time.monotonic()
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
         for start in range(0, len(paths), _BLOCK):
             block = range(start, min(start + _BLOCK, len(paths)))
-            broken += [(at, why) for at, why in zip(block, pool.map(read, block), strict=True) if why]
+            for at, found in zip(block, pool.map(read, block), strict=True):
+                if isinstance(found, str):
+                    broken.append((at, found))
+                else:
+                    held[at - len(broken)] = found
             if time.monotonic() - told > TOLD_EVERY_S:
                 told = time.monotonic()
                 on_read(block.stop, len(paths))
     return broken
 
 
-def _without_broken(held: Pixels, broken: Sequence[tuple[int, str]], paths: Sequence[Path]) -> Decoded:
-    """What could be read, moved together in place, so that no second copy is held."""
+def _decoded(held: Pixels, broken: Sequence[tuple[int, str]], paths: Sequence[Path]) -> Decoded:
+    """What `_fill` left in ``held``."""
     bad = {at for at, _ in broken}
     kept = [at for at in range(len(paths)) if at not in bad]
-    for to, at in enumerate(kept):
-        if to != at:
-            held[to] = held[at]
     images = torch.from_numpy(held)[: len(kept)]
     return Decoded(images, torch.tensor(kept, dtype=torch.long), tuple((paths[at], why) for at, why in broken))
 
 
 def _key(paths: Sequence[Path], how: Preprocessing, channels: int) -> str:
     """Names decoded images by everything that decides them: files, sizes, times, and how they are prepared."""
-    digest = hashlib.sha256(f"{how.size}{how.resize}{how.interpolation}{how.channels}{channels}".encode())
+    digest = hashlib.sha256(f"no gaps{how.size}{how.resize}{how.interpolation}{how.channels}{channels}".encode())
     for path in paths:
         facts = path.stat()
         digest.update(f"{path.resolve()}|{facts.st_size}|{facts.st_mtime_ns}\n".encode())

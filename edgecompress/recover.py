@@ -14,7 +14,6 @@ from edgecompress.job import Job, checkpoint_of, pruner_of, train_settings
 from edgecompress.prune import reestimate_batchnorm
 from edgecompress.spec import (
     CompressionPolicy,
-    Config,
     LayerChoice,
 )
 from edgecompress.variational import (
@@ -44,6 +43,11 @@ def recover(job: Job, policy: CompressionPolicy) -> tuple[nn.Module, Compression
         return model, policy
     model, noise = learn_noise(job, model) if config.noise_epochs else (model, noise_by_size(model))
     return _without_noisy_weights(job, model, noise, policy, chosen)
+
+
+def sparse_epochs(finetune_epochs: int) -> int:
+    """Epochs that the remaining weights are trained for where single ones went, on top of the fine-tuning."""
+    return max(2, finetune_epochs // 2)
 
 
 def learn_noise(job: Job, model: nn.Module) -> tuple[nn.Module, WeightNoise]:
@@ -83,7 +87,7 @@ def _without_noisy_weights(
         keep = {name: chosen.get(name, (1 + fraction) / 2) for name, fraction in keep.items()}
         sparse = prune_elements(model, noise, keep, pattern)
     hold_zeros(sparse)
-    epochs = sparse_epochs(job.config)
+    epochs = sparse_epochs(job.config.finetune_epochs)
     job.progress.stage("Fine-tune the remaining weights", epochs)
     train(
         sparse, job.data, train_settings(job, epochs, 0.5), teacher=job.original,
@@ -91,11 +95,6 @@ def _without_noisy_weights(
     )  # fmt: skip
     layers = {name: LayerChoice(keep_elements=_nonzero(sparse, name)) for name in keep}
     return copy.deepcopy(_released(sparse)), policy.model_copy(update={"layers": layers})
-
-
-def sparse_epochs(config: Config) -> int:
-    """Epochs of the training after single weights are removed."""
-    return max(2, config.finetune_epochs // 2)
 
 
 def _two_four_layers(job: Job, model: nn.Module) -> list[str]:

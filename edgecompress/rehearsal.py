@@ -227,7 +227,7 @@ def _after_pruning(job: Job, smaller: nn.Module, *, sparse: bool) -> Iterator[Pl
         title = "Learn the noise of units and weights"
         yield one_training(job, "prune", title, config.noise_epochs, noisy, teacher=teacher, penalty=penalty)
     if config.noise_epochs or sparse:
-        epochs = sparse_epochs(config)
+        epochs = sparse_epochs(config.finetune_epochs)
         yield plain.model_copy(update={"title": "Fine-tune the remaining weights", "epochs": epochs})
 
 

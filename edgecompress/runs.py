@@ -142,16 +142,18 @@ class RunFolder:
         return prune(model, traced, architecture.keep_channels)
 
     def weights(self) -> dict[str, Tensor]:
-        """The tensors of `model.safetensors` by name."""
+        """The tensors of `model.safetensors` by name; those stored as float16 are widened."""
+        import torch
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            return load_file(self.path / "model.safetensors")
+            found = load_file(self.path / "model.safetensors")
         except (OSError, SafetensorError) as error:
             raise BadFileError(
                 f"The weights {self.path / 'model.safetensors'} cannot be read ({error}). Compress again with --overwrite."
             ) from error
+        return {key: value.float() if value.dtype is torch.float16 else value for key, value in found.items()}
 
     def _graph_module(self) -> nn.Module:
         from edgecompress.describe import GraphModule

@@ -6,15 +6,19 @@ Both are run folders: `arch.json`, `model.safetensors`, `exports/model.int8.onnx
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import torch
+
 from edgecompress.errors import BadFileError
-from edgecompress.files import read_document
+from edgecompress.files import read_document, write_document, written_whole
 from edgecompress.runs import RunFolder
 from edgecompress.spec import Document
 from edgecompress.zoo import ZOO
 
 SHIPPED = Path(__file__).parent / "shipped"
+INTEGERS = "exports/model.int8.onnx"
 
 
 class Card(Document):
@@ -41,6 +45,28 @@ def cards() -> dict[str, Card]:
     return {
         path.parent.name: read_document(path, Card, "card of a network") for path in sorted(SHIPPED.glob("*/card.json"))
     }
+
+
+def pack(run: RunFolder, folder: Path, card: Card) -> None:
+    """Put a run's network into ``folder``, which is replaced, as one that comes with the package.
+
+    It is built by the name of ``card.base``: a run that was given a module in memory knows none. Weights take float16, which
+    `RunFolder.weights` widens again; vectors stay as they are, because a variance may leave float16's range.
+    """
+    from safetensors.torch import save_file
+
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / INTEGERS).parent.mkdir(parents=True)
+    shutil.copy(run.file(INTEGERS), folder / INTEGERS)
+    write_document(folder / "arch.json", run.architecture().model_copy(update={"model": card.base}))
+    weights = {key: value.half() if _is_matrix(value) else value for key, value in run.weights().items()}
+    with written_whole(folder / "model.safetensors") as temporary:
+        save_file(weights, temporary)
+    write_document(folder / "card.json", card)
+
+
+def _is_matrix(value: torch.Tensor) -> bool:
+    return value.is_floating_point() and value.dim() > 1
 
 
 def compressed_run(model: str) -> RunFolder | None:

@@ -147,6 +147,14 @@ def test_torn_files_are_left_out_wherever_images_are_held(torn, monkeypatch, tmp
     assert len(list((tmp_path / "cache").rglob("*.npy"))) == int(mapped)
 
 
+def test_the_mapped_file_has_no_gaps_that_would_have_to_be_closed_in_memory(torn, monkeypatch, tmp_path):
+    monkeypatch.setattr(images, "fits_in_memory", lambda shape: False)
+    monkeypatch.setenv("EDGECOMPRESS_CACHE", str(tmp_path / "cache"))
+    found = decode(torn, HOW).images
+    (file,) = (tmp_path / "cache").rglob("*.npy")
+    assert np.array_equal(np.load(file)[: len(found)], found.numpy())
+
+
 def test_mapped_images_are_read_once_and_again_when_a_file_changes(torn, monkeypatch, tmp_path):
     monkeypatch.setattr(images, "fits_in_memory", lambda shape: False)
     monkeypatch.setenv("EDGECOMPRESS_CACHE", str(tmp_path / "cache"))

@@ -1,0 +1,142 @@
+"""What the headline consists of: networks with their budgets and effort, and all of its cells in the order of work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from edgecompress.recover import sparse_epochs
+
+SEEDS = (0, 1, 2)
+AGENTS = ("uniform", "random", "greedy", "milp")  # our own baselines, in both stages
+PRUNERS = ("torch-pruning-uniform", "torch-pruning-global", "slimming")
+QUANTISERS = ("onnxruntime", "nncf")
+IMAGENET = "vgg16_224"
+KINDS = ("original", "tuned", "ours", "agents", "peers", "imagenet")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much training and search one network gets; cells of another effort are other cells.
+
+    train_epochs: of the baseline; 0 where a checkpoint is the baseline. tune_epochs: of every network afterwards, in all: the
+    unpruned one's, the peers' and ours. train_images: of the 45,000. episodes: of each of our two stages.
+    """
+
+    train_epochs: int = 60
+    tune_epochs: int = 24
+    train_images: int = 45_000
+    episodes: int = 100
+
+    @property
+    def baseline(self) -> str:
+        """What the baseline alone depends on."""
+        return f"{self.train_epochs}x{self.train_images}" if self.train_epochs else "checkpoint"
+
+    def __str__(self) -> str:
+        return f"{self.baseline}-tune{self.tune_epochs}x{self.train_images}-search{self.episodes}"
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network of the headline.
+
+    budget: ours. shares: what the pruned peers keep, around what ours does. single_weights: whether ours removes them too.
+    """
+
+    name: str
+    title: str
+    budget: str
+    shares: tuple[str, ...]
+    single_weights: bool
+    effort: Effort = Effort()
+
+    @property
+    def epochs(self) -> dict[str, int]:
+        """Our trainings after the search, `Effort.tune_epochs` in all; about a third is quantisation-aware.
+
+        Raises:
+            ValueError: there are too few to divide.
+        """
+        total = self.effort.tune_epochs
+        if total < (4 if self.single_weights else 2):
+            raise ValueError(
+                f"{total} epochs of tuning do not suffice for {self.name}; give --tune-epochs 4 or more (2 without single weights)"
+            )
+        left = total - max(total // 3, 1)
+        if not self.single_weights:
+            return {"finetune": left, "sparse": 0, "qat": total - left}
+        finetune = max(count for count in range(1, left) if count + sparse_epochs(count) <= left)
+        sparse = sparse_epochs(finetune)
+        return {"finetune": finetune, "sparse": sparse, "qat": total - finetune - sparse}
+
+    def with_effort(self, **wanted: int | None) -> Network:
+        """With other numbers where they are given; a baseline that is a checkpoint is never trained."""
+        given = {key: value for key, value in wanted.items() if value is not None}
+        if not self.effort.train_epochs:
+            given.pop("train_epochs", None)
+        return replace(self, effort=replace(self.effort, **given))
+
+
+def _vgg(name: str, title: str, parameters: str) -> Network:
+    shares = ("params=0.07x", "params=0.14x", "params=0.28x")
+    return Network(name, title, f"params={parameters},flops=0.2x,size=0.8MB", shares, single_weights=True)
+
+
+# In the order of work: what takes longest comes last.
+NETWORKS = {
+    network.name: network
+    for network in (
+        Network(
+            "resnet56", "ResNet-56", "flops=0.5x,size=0.125x", ("flops=0.4x", "flops=0.5x", "flops=0.65x"),
+            single_weights=False, effort=Effort(train_epochs=0),
+        ),
+        _vgg("vgg19_bn_cifar", "VGG-19-BN", "0.074x"),
+        _vgg("vgg16_bn_cifar", "VGG-16-BN", "0.1x"),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """One cell. ``method``: who made the file; a peer's is ``PRUNER+QUANTISER``, or ``tuned+QUANTISER`` for what is not pruned."""
+
+    kind: str
+    network: Network
+    method: str
+    seed: int = 0
+    budget: str = ""
+
+    @property
+    def file(self) -> str:
+        """Tells it from the other cells of its network."""
+        return f"{self.method}{'@' if self.budget else ''}{self.budget}/{self.seed}"
+
+    @property
+    def name(self) -> str:
+        """Of the cell."""
+        return IMAGENET if self.kind == "imagenet" else f"{self.network.name}/{self.network.effort}/{self.file}"
+
+
+def jobs_of(network: Network) -> Iterator[Job]:
+    """All cells of a network, in the order of work: rows of one seed first."""
+    yield Job("original", network, "original")
+    yield Job("tuned", network, "tuned")
+    for quantiser in QUANTISERS:
+        yield Job("peers", network, f"tuned+{quantiser}")
+    yield Job("ours", network, "ours", budget=network.budget)
+    for pruner in PRUNERS:
+        for share in network.shares:
+            for quantiser in QUANTISERS:
+                yield Job("peers", network, f"{pruner}+{quantiser}", budget=share)
+    for seed in SEEDS[1:]:
+        yield Job("tuned", network, "tuned", seed)
+        yield Job("ours", network, "ours", seed, network.budget)
+    for agent in AGENTS:
+        yield Job("agents", network, f"ours-{agent}", budget=network.budget)
+
+
+def all_jobs(networks: tuple[Network, ...]) -> Iterator[Job]:
+    """Everything, the size of VGG-16 at 224x224 as the second."""
+    first, *rest = [job for network in networks for job in jobs_of(network)]
+    yield from (first, Job("imagenet", first.network, IMAGENET), *rest)
