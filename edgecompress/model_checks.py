@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from edgecompress.channel_groups import tensors_of
+from edgecompress.channel_groups import largest, tensors_of
 from edgecompress.cuts import WEIGHTED
 from edgecompress.errors import BadModelError
 from edgecompress.imports import place_of
@@ -157,7 +157,7 @@ def check_batch(model: nn.Module, example: Tensor, one: list[Tensor], name: str)
             "Keep the batch as the first dimension of every output."
         )
     for a, b in zip(one, two, strict=True):
-        if not torch.allclose(a, b[: len(a)], atol=1e-3 * float(a.abs().max()), equal_nan=True):
+        if not torch.allclose(a, b[: len(a)], atol=1e-3 * largest(a), equal_nan=True):
             raise BadModelError(
                 f"{name} gives an image another output when a second one is beside it. Take no mean or norm over the batch."
             )

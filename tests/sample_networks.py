@@ -291,6 +291,23 @@ def patterns(classes: int = 4, per_class: int = 24, size: int = 16, seed: int = 
     )
 
 
+class Scaled(nn.Module):
+    """Channels-last linear layers, a layer norm over channels, and a scale that is a parameter by itself (ConvNeXt)."""
+
+    def __init__(self, classes: int = 4) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 4, 4), nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.scale = nn.Parameter(torch.full((8, 1, 1), 0.5))
+        self.fc = nn.Linear(8, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.down(F.gelu(self.up(self.norm(x.permute(0, 2, 3, 1))))).permute(0, 3, 1, 2)
+        result: Tensor = self.fc((x + self.scale * y).mean((2, 3)))
+        return result
+
+
 @dataclass(frozen=True)
 class IntegerCase:
     """A settled network, its graph, calibrated on the images that the tests then run."""

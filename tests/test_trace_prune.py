@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sample_networks import BLOCKS, NETWORKS, GroupNormed, Residual, patterns, settled, unprunable
+from sample_networks import BLOCKS, NETWORKS, GroupNormed, Residual, Scaled, patterns, settled, unprunable
 from torch import Tensor, nn
 
 from edgecompress.channel_groups import tensors_of
@@ -332,21 +332,18 @@ def test_groups_of_a_grouped_convolution_stay_equally_wide():
     assert prune(model, traced, {"grouped": 3}).grouped.out_channels == 9  # by the default importance
 
 
-class Scaled(nn.Module):
-    """Channels-last linear layers, a layer norm over channels, and a scale that is a parameter by itself (ConvNeXt)."""
+def test_outputs_that_are_nan_for_some_images_are_compared_where_they_are_numbers():
+    class Logarithm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 6)
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 8, 4, 4), nn.LayerNorm(8)
-        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
-        self.scale = nn.Parameter(torch.full((8, 1, 1), 0.5))
-        self.fc = nn.Linear(8, 4)
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.fc(self.b(F.relu(self.a(x))).mean((2, 3))).log()
+            return result
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        y = self.down(F.gelu(self.up(self.norm(x.permute(0, 2, 3, 1))))).permute(0, 3, 1, 2)
-        result: Tensor = self.fc((x + self.scale * y).mean((2, 3)))
-        return result
+    traced = trace(settled(Logarithm()), (3, 16, 16), "logarithm")
+    assert {group.id for group in traced.network.prunable_groups} == {"a", "b"}
 
 
 def test_scale_parameters_and_layer_norms_are_cut_with_their_channels():
@@ -659,6 +656,30 @@ def test_every_importance_ranks_a_channel_last_that_says_nothing(criterion):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     again = importance_by_name(criterion)(model, traced, data)
     assert all(torch.equal(again[key], value) for key, value in scores.items())
+
+
+@pytest.mark.parametrize("criterion", IMPORTANCE)
+def test_every_importance_scores_linear_layers_that_see_images(criterion):
+    model, data = settled(Scaled()), patterns()
+    with torch.no_grad():
+        model.up.weight[5], model.up.bias[5], model.down.weight[:, 5] = 0, 0, 0
+    traced = trace(model, (3, 16, 16), "scaled")
+    scores = importance_by_name(criterion)(model, traced, data)
+    assert {key: len(value) for key, value in scores.items()} == {g.id: g.width for g in traced.network.groups}
+    assert int(scores["up"].argmin()) == 5 and float(scores["up"].sort().values[1]) > 1e-6
+
+
+def test_refitting_takes_as_many_places_of_linear_layers_as_of_convolutions(monkeypatch):
+    from edgecompress import reconstruction
+
+    seen = []
+    monkeypatch.setattr(reconstruction, "POSITIONS", 5)
+    patches = reconstruction._patches
+    monkeypatch.setattr(reconstruction, "_patches", lambda *known: seen.append(patches(*known)) or seen[-1])
+    model, data = settled(Scaled()), patterns()
+    input_moments(model, trace(model, (3, 16, 16), "scaled"), data)
+    images = min(len(data.train), 50)
+    assert {tuple(rows.shape) for rows in seen[:3]} == {(5 * images, 8), (5 * images, 16), (images, 8)}
 
 
 def test_chip_ranks_copies_below_a_channel_that_stands_alone():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sample_networks import Mobile, Residual, patterns, settled
+from sample_networks import Mobile, Residual, Scaled, patterns, settled
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -34,7 +34,7 @@ from edgecompress.variational import (
 )
 
 
-@pytest.mark.parametrize("kind", [Residual, Mobile])
+@pytest.mark.parametrize("kind", [Residual, Mobile, Scaled])
 def test_wrapping_changes_nothing_in_eval_mode_and_unwrapping_gives_the_network_back(kind):
     model = settled(kind(4))
     x = torch.randn(4, 3, 16, 16)
