@@ -122,6 +122,10 @@ from edgecompress.cli.flags import switch
     help="Average the weights over the steps of every training, 0.999 for example; 0 takes the last ones.",
 )  # fmt: skip
 @click.option(
+    "--train-precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), default="auto", show_default=True,
+    help="Of the passes of the recovery: auto takes fewer bits where the hardware is faster in them.",
+)  # fmt: skip
+@click.option(
     "--batch-size", type=click.IntRange(min=2), default=64, show_default=True, help="Images per step of the training."
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides everything that is random.")

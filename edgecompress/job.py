@@ -126,7 +126,7 @@ def train_settings(job: Job, epochs: int, rate: float = 1.0) -> TrainSettings:
         seed=job.config.seed,
         ema=job.config.ema,
         device=job.config.device,
-        precision=precision_on(device_by_name(job.config.device), "auto", job.original),
+        precision=precision_on(device_by_name(job.config.device), job.config.train_precision, job.original),
     )
 
 

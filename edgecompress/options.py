@@ -19,6 +19,7 @@ from edgecompress.ranges import RANGES
 from edgecompress.reward import REWARDS
 from edgecompress.run_toml import is_path
 from edgecompress.spec import Config, Target, parse_budgets
+from edgecompress.training_state import PRECISIONS
 
 DEFAULT_BUDGET = "flops=0.5x,size=0.125x"
 FLOAT_BUDGET = "flops=0.5x"  # a target without integer kernels cannot shrink weights below 16 bits
@@ -59,6 +60,7 @@ def resolve(
         ("reward", config.prune_reward, REWARDS),
         ("reward", config.quantize_reward, REWARDS),
         ("way to set ranges", config.ranges, RANGES),
+        ("precision of training", config.train_precision, ("auto", *PRECISIONS)),
     ):
         if name not in known and not (kind == "reward" and ":" in name):
             raise UnknownNameError(kind, name, known)

@@ -408,6 +408,7 @@ class Config(Document):
     qat_epochs: int = Field(default=5, ge=0)
     learning_rate: float = Field(default=0.02, gt=0)
     ema: float = Field(default=0.0, ge=0, lt=1)
+    train_precision: str = "auto"
     batch_size: int = Field(default=64, ge=2)
     table: str | None = None
     require_measured: bool = False

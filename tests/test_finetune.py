@@ -337,8 +337,11 @@ def test_all_trainings_of_a_run_take_the_precision_of_its_original(monkeypatch, 
     """The one of the steps, too, in whose network no convolution can be seen."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     original = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, groups=groups))
-    job = SimpleNamespace(config=Config(budget="flops=0.5x", device="cpu"), data=data, original=original)
+    config = Config(budget="flops=0.5x", device="cpu")
+    job = SimpleNamespace(config=config, data=data, original=original)
     assert train_settings(job, 1).precision == precision
+    job.config = config.model_copy(update={"train_precision": "fp32"})
+    assert train_settings(job, 1).precision == "fp32"
 
 
 def test_unknown_precision_names_the_known_ones():
