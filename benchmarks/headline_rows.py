@@ -16,7 +16,7 @@ from headline_plan import AGENTS, IMAGENET, SEEDS, Job, Network, jobs_of
 from edgecompress.channel_stage import SHORT_EPOCHS
 
 PAPER = "vgg19_bn_cifar"
-EQUAL = 0.1  # points of accuracy that a peer may be below ours and still count as equal
+EQUAL = 0.2  # points of accuracy that a peer may be below ours and still count as equal
 FASTER = 1.25  # what 20 % faster and 20 % smaller come to
 Known = Mapping[str, Cell]
 Found = dict[Job, Cell]

@@ -137,7 +137,7 @@ def test_a_peer_that_is_better_is_named_with_its_figures():
 def test_no_peer_of_equal_accuracy_is_told():
     bar = judged(everything(test=95.0))[PEERS.format("larger")]
     assert bar.value is None and bar.reason.startswith(
-        "no peer is within 0.1 points of our 95.00 %; the most accurate is"
+        "no peer is within 0.2 points of our 95.00 %; the most accurate is"
     )
 
 
