@@ -175,7 +175,7 @@ def _aware(bench: Benchmark, known: Mapping[str, Cell]) -> None:
         bench.not_run(bar, 0.0, "points", "the timed cell is not finished (--timed)")
         return
     blind, *aware = timed["finals"].values()
-    nearest = min(aware, key=lambda found: _mean(found, "measured_us"))
+    nearest = min(aware, key=lambda found: abs(_mean(found, "measured_us") - _mean(blind, "measured_us")))
     ratio = _mean(nearest, "measured_us") / _mean(blind, "measured_us")
     gain = _mean(nearest, "select") - _mean(blind, "select")
     if ratio <= 1:
