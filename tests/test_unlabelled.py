@@ -62,7 +62,7 @@ def test_run_measures_agreement_and_says_so_everywhere(ran):
     assert [goal.goal for goal in report.goals][-1] == "agreement with the original drop"
     page = (path / "report.html").read_text()
     assert "Agreement with the original of the exported file" in page and "top-1 on the test split" in page
-    assert "search-val agreement with the original, %" in page and "Accuracy" not in page
+    assert "expected agreement with the original, %" in page and "Accuracy" not in page
     markdown = call("report", path, "--format", "md").out
     assert "Agreement with the original 100.00 %" in markdown and "Accuracy" not in markdown
     compared = json.loads(call("compare", path, "--json").out)

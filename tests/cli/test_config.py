@@ -26,7 +26,7 @@ OTHER = {
     "batch_size": 16, "table": "t.csv", "require_measured": True, "allow_mismatch": True, "threads": 77, "device": "cpu",
     "ranges": "entropy", "equalise": True, "bias_correction": True, "reconstruct": False, "single_weights": True, "two_four": True,
     "learned_rounding": True, "pin_bits": "fc=8", "free_activations": True, "reward_steps": 3, "alternate": 1,
-    "pick": "runs/first",
+    "pick": "runs/first", "train_precision": "fp32",
 }  # fmt: skip
 
 
