@@ -11,9 +11,10 @@ import resource
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import cifar10
 import numpy as np
@@ -21,14 +22,15 @@ import torch
 from cells import Cell, claimed
 from harness import ROOT, commit
 from headline_plan import Job, Network
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from edgecompress.cost import count
 from edgecompress.data import Dataset, Split
 from edgecompress.devices import device_by_name, device_title
 from edgecompress.exporters import to_onnx
 from edgecompress.exporters.runners import OnnxRuntimeRunner, has_vnni, run_all
-from edgecompress.files import write_bytes, write_text
+from edgecompress.files import write_bytes, write_text, written_whole
 from edgecompress.finetune import TrainSettings, trained_once
 from edgecompress.graph import build_graph
 from edgecompress.models import build_model
@@ -36,6 +38,7 @@ from edgecompress.progress import Silent
 from edgecompress.report import provenance
 from edgecompress.report_latency import at_bits
 from edgecompress.spec import CompressionPolicy, Cost, Stage, Trial
+from edgecompress.teacher import Teacher
 from edgecompress.trace import trace
 from edgecompress.training_state import precision_on
 
@@ -171,7 +174,9 @@ class Lab:
                 raise BusyError(f"another process trains {path.stem}")
             data = self.data  # reading the images is no training
             watch = Stopwatch(path.with_suffix(".seconds.json"), path.stem)
-            return trained_once(model, path, data, settings, on_epoch=watch.epoch, **how)
+            result = trained_once(model, path, data, settings, on_epoch=watch.epoch, **how)
+        self.keep_answers()
+        return result
 
     def _network_file(self, title: str) -> Path:
         return self.folder / "networks" / f"{title}.safetensors"
@@ -188,7 +193,29 @@ class Lab:
         """
         epochs = epochs or self.network.effort.tune_epochs
         settings = TrainSettings(epochs=epochs, learning_rate=0.02, batch_size=128, seed=seed)
-        return self.trained(model, title, settings, copy.deepcopy(self.baseline))
+        return self.trained(model, title, settings, Teacher(copy.deepcopy(self.baseline), self.answers))
+
+    @cached_property
+    def answers(self) -> dict[bytes, Tensor]:
+        """The baseline's answers to the batches of all trainings here: those of one seed see the same ones (`Teacher`)."""
+        if not self._answers_file.exists():
+            return {}
+        return {bytes.fromhex(key): value for key, value in load_file(self._answers_file).items()}
+
+    def keep_answers(self) -> None:
+        """In a file, beside those of other processes."""
+        with claimed(self._answers_file.with_suffix(".lock")) as mine:
+            if not mine:
+                return  # the next training writes them
+            known = load_file(self._answers_file) if self._answers_file.exists() else {}
+            if self.answers.keys() <= {bytes.fromhex(key) for key in known}:
+                return
+            with written_whole(self._answers_file) as temporary:
+                save_file(known | {key.hex(): value for key, value in self.answers.items()}, temporary)
+
+    @property
+    def _answers_file(self) -> Path:
+        return self._baseline_file.with_name(f"answers-{self.network.effort.baseline}.safetensors")
 
     def float_file(self, model: nn.Module, title: str) -> Path:
         """The network as float ONNX, BatchNorm folded."""
@@ -260,13 +287,16 @@ def ours(lab: Lab, job: Job) -> Cell:
 
     folder, epochs = run_folder(lab, job), lab.network.epochs
     watch = Stopwatch(folder.with_name(f"{folder.name}.seconds.json"), f"{lab.network.name}, {job.file}")
-    run = compress(
-        lab.baseline, lab.data, TARGET, job.budget, name=folder.name, runs=folder.parent, progress=watch,
-        resume=(folder / "config.json").exists(), agent=job.method.removeprefix("ours-") if job.kind == "agents" else "ddpg",
-        episodes=lab.network.effort.episodes, single_weights=lab.network.single_weights,
-        finetune_epochs=epochs["finetune"], qat_epochs=epochs["qat"], batch_size=128, seed=job.seed,
-        threads=torch.get_num_threads(),
-    )  # fmt: skip
+    # Its trainings see the batches of the tuned network of the same seed, to which the teacher's answers are known.
+    with patch("edgecompress.job.Teacher", partial(Teacher, kept=lab.answers)):
+        run = compress(
+            lab.baseline, lab.data, TARGET, job.budget, name=folder.name, runs=folder.parent, progress=watch,
+            resume=(folder / "config.json").exists(), agent=job.method.removeprefix("ours-") if job.kind == "agents" else "ddpg",
+            episodes=lab.network.effort.episodes, single_weights=lab.network.single_weights,
+            finetune_epochs=epochs["finetune"], qat_epochs=epochs["qat"], batch_size=128, seed=job.seed,
+            threads=torch.get_num_threads(),
+        )  # fmt: skip
+    lab.keep_answers()
     watch.tick()
     report = run.report
     path = lab.folder / "files" / f"{folder.name}.onnx"

@@ -140,7 +140,7 @@ def _briefly_trained(job: Job, simulator: Simulator, policy: CompressionPolicy) 
     module = LearnedSteps(simulator.quantized(policy.layers))
     settings = replace(train_settings(job, 1, 0.2), weight_decay=0.0)
     rows = torch.arange(min(job.config.reward_steps * settings.batch_size, len(job.data.train)))
-    return train(module, replace(job.data, train=job.data.train.take(rows)), settings, teacher=job.original)
+    return train(module, replace(job.data, train=job.data.train.take(rows)), settings, teacher=job.teacher)
 
 
 def _emulated(job: Job, finalists: Sequence[QuantizedGraph]) -> None:
@@ -205,7 +205,7 @@ def _learned_steps(job: Job, quantized: QuantizedGraph) -> QuantizedGraph:
         module,
         job.data,
         settings,
-        teacher=job.original,
+        teacher=job.teacher,
         checkpoint=checkpoint_of(job, "qat"),
         on_epoch=job.progress.epoch,
     )

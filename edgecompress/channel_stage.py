@@ -147,7 +147,7 @@ def _short_finetune(job: Job, policy: CompressionPolicy, build: Build) -> tuple[
         model, checkpoint = build(policy), checkpoint_of(job, f"short-{key}")
         hold_zeros(model)
         train(
-            model, job.data, train_settings(job, SHORT_EPOCHS), teacher=job.original, checkpoint=checkpoint,
+            model, job.data, train_settings(job, SHORT_EPOCHS), teacher=job.teacher, checkpoint=checkpoint,
             on_epoch=job.progress.epoch,
         )  # fmt: skip
         recovered = Recovered(found=recovered.found | {key: job.measure(model, job.data.select_val)})

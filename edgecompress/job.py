@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from edgecompress.spec import (
     Target,
     Trial,
 )
+from edgecompress.teacher import Teacher
 from edgecompress.trace import Traced
 from edgecompress.training_state import precision_on
 
@@ -66,6 +68,11 @@ class Job:
         return {"fp32": 32, "fp16": 16, "int8": 8}[
             named[0] if named else self.target.precision if self.integer else "fp32"
         ]
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The original as the teacher of all trainings, asked for every batch once."""
+        return Teacher(self.original)
 
     @property
     def network(self) -> Network:

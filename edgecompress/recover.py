@@ -36,7 +36,7 @@ def recover(job: Job, policy: CompressionPolicy) -> tuple[nn.Module, Compression
     reestimate_batchnorm(model, data, seed=config.seed)
     job.progress.stage("Fine-tune with distillation", config.finetune_epochs)
     train(
-        model, data, train_settings(job, config.finetune_epochs), teacher=job.original,
+        model, data, train_settings(job, config.finetune_epochs), teacher=job.teacher,
         checkpoint=checkpoint_of(job, "finetune"), on_epoch=job.progress.epoch,
     )  # fmt: skip
     if config.noise_epochs == 0 and not chosen and not config.two_four:
@@ -56,7 +56,7 @@ def learn_noise(job: Job, model: nn.Module) -> tuple[nn.Module, WeightNoise]:
     noisy, layers = with_noise(model)
     job.progress.stage("Learn the noise of units and weights", epochs)
     train(
-        noisy, job.data, replace(train_settings(job, epochs), weight_decay=0.0, ema=0.0), teacher=job.original,
+        noisy, job.data, replace(train_settings(job, epochs), weight_decay=0.0, ema=0.0), teacher=job.teacher,
         penalty=lambda progress: kl_penalty(
             layers, len(job.data.train), weight_scale=0.05, unit_scale=1e-4, progress=progress
         ),
@@ -90,7 +90,7 @@ def _without_noisy_weights(
     epochs = sparse_epochs(job.config.finetune_epochs)
     job.progress.stage("Fine-tune the remaining weights", epochs)
     train(
-        sparse, job.data, train_settings(job, epochs, 0.5), teacher=job.original,
+        sparse, job.data, train_settings(job, epochs, 0.5), teacher=job.teacher,
         checkpoint=checkpoint_of(job, "sparse"), on_epoch=job.progress.epoch,
     )  # fmt: skip
     layers = {name: LayerChoice(keep_elements=_nonzero(sparse, name)) for name in keep}
