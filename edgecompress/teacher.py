@@ -50,5 +50,5 @@ def _bytes(answers: Tensor) -> int:
 def _digest(x: Tensor) -> bytes:
     precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     digest = hashlib.blake2b(f"{tuple(x.shape)} {precision}".encode(), digest_size=16)
-    digest.update(memoryview(x.contiguous().numpy()))
+    digest.update(x.contiguous().numpy().data)
     return digest.digest()
