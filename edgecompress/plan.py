@@ -24,7 +24,7 @@ from edgecompress.original import answered, original_network
 from edgecompress.prepare import dataset_of, prepare
 from edgecompress.progress import Progress, Silent
 from edgecompress.prune import reestimate_batchnorm
-from edgecompress.rehearsal import PlannedStage, PlannedTraining, one_training, rehearse
+from edgecompress.rehearsal import PlannedStage, PlannedTraining, Training, planned, rehearse, timed_step
 from edgecompress.report import UNITS
 from edgecompress.run_exports import formats_for
 from edgecompress.runs import RunFolder
@@ -111,7 +111,8 @@ def make_plan(
         found = rehearse(job, latency, size, progress)
     trainings = found.trainings
     if ahead is not None:
-        trainings = (one_training(job, "original", *ahead, original, teacher=None), *trainings)
+        alone = Training("original", *ahead, timed_step(job, original, None))
+        trainings = (*planned(job, [alone]), *trainings)
     cost = job.original_cost
     formats = (EXPORTERS[format_name].file_name for format_name in formats_for(job))
     return Plan(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -31,6 +31,7 @@ from edgecompress.quantize import Simulator, calibrate
 from edgecompress.recover import sparse_epochs
 from edgecompress.spaces import SearchSpace
 from edgecompress.spec import CompressionPolicy, Frozen, LayerChoice, Stage, Trial
+from edgecompress.teacher import Teacher
 from edgecompress.variational import kl_penalty, with_noise
 
 TIMED_EPISODES = 2
@@ -60,7 +61,7 @@ Part = Literal["original", "prune", "quantize"]
 
 
 class PlannedTraining(Frozen):
-    """A training at its longest; ``step_s`` is one batch."""
+    """A training at its longest; ``step_s`` is one batch, in the mean: the teacher is asked for each once in a run (`Teacher`)."""
 
     part: Part
     title: str
@@ -92,7 +93,7 @@ def rehearse(job: Job, latency: LatencyModel, size: PlannedSize, progress: Progr
     config = job.config
     policy, smaller = CompressionPolicy(model=job.network.model), job.original
     stages: list[PlannedStage] = []
-    trainings: list[PlannedTraining] = []
+    trainings: list[Training] = []
     spaces: list[SearchSpace] = []
     if "prune" in config.stages:
         progress.stage("Time stage 1", 1)
@@ -121,13 +122,9 @@ def rehearse(job: Job, latency: LatencyModel, size: PlannedSize, progress: Progr
         stages.append(_planned(job, "quantize", bits, first))
         if config.qat_epochs:
             choices = {layer.name: LayerChoice(weight_bits=8, activation_bits=8) for layer in graph.layers}
-            learned = LearnedSteps(simulator.quantized(choices))
-            trainings.append(
-                one_training(
-                    job, "quantize", "Quantisation-aware training", config.qat_epochs, learned, teacher=job.original
-                )
-            )
-    return Rehearsal(tuple(stages), tuple(trainings), spaces[0])
+            step = timed_step(job, LearnedSteps(simulator.quantized(choices)), job.original)
+            trainings.append(Training("quantize", "Quantisation-aware training", config.qat_epochs, step))
+    return Rehearsal(tuple(stages), tuple(planned(job, trainings)), spaces[0])
 
 
 # ---------------------------------------------------------------------------------------------------- the searches
@@ -208,50 +205,75 @@ def _agent_seconds(job: Job, space: SearchSpace) -> float:
 # --------------------------------------------------------------------------------------------------- the trainings
 
 
-def _after_pruning(job: Job, smaller: nn.Module, *, sparse: bool) -> Iterator[PlannedTraining]:
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one batch, new to the teacher or not, and how many batches it remembers."""
+
+    new_s: float
+    known_s: float
+    remembered: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training of ``epochs``, at least one, which is done ``times`` over."""
+
+    part: Part
+    title: str
+    epochs: int
+    step: Step
+    times: int = 1
+
+
+def planned(job: Job, trainings: Iterable[Training]) -> Iterator[PlannedTraining]:
+    """In their order: what the teacher was asked in one it still knows in the next."""
+    steps = math.ceil(len(job.data.train) / job.config.batch_size)
+    asked = 0
+    for training in trainings:
+        step, epochs = training.step, training.epochs * training.times
+        asked, before = max(asked, training.epochs), asked
+        memory = step.remembered / steps
+        known = min(training.epochs, before, memory) + (training.times - 1) * min(training.epochs, memory)
+        step_s = step.new_s + (step.known_s - step.new_s) * known / epochs
+        yield PlannedTraining(part=training.part, title=training.title, epochs=epochs, steps=steps, step_s=step_s)
+
+
+def _after_pruning(job: Job, smaller: nn.Module, *, sparse: bool) -> Iterator[Training]:
     """Every training of stage 1, at its longest; ``sparse``: single weights may go without any noise being learned."""
-    config, teacher = job.config, job.original
-    plain = one_training(
-        job, "prune", "Fine-tune the finalists", FINALISTS * SHORT_EPOCHS, copy.deepcopy(smaller), teacher=teacher
-    )
-    yield plain
+    config = job.config
+    step = timed_step(job, copy.deepcopy(smaller), job.original)
+    yield Training("prune", "Fine-tune the finalists", SHORT_EPOCHS, step, FINALISTS)
     if config.max_accuracy_drop is not None:
-        yield plain.model_copy(update={"title": "Look for a cheaper policy", "epochs": TIGHTENINGS * SHORT_EPOCHS})
-    yield plain.model_copy(update={"title": "Fine-tune with distillation", "epochs": config.finetune_epochs})
+        yield Training("prune", "Look for a cheaper policy", SHORT_EPOCHS, step, TIGHTENINGS)
+    yield Training("prune", "Fine-tune with distillation", config.finetune_epochs, step)
     if config.noise_epochs:
         noisy, layers = with_noise(smaller)
 
         def penalty(progress: float) -> Tensor:
             return kl_penalty(layers, len(job.data.train), weight_scale=0.05, unit_scale=1e-4, progress=progress)
 
-        title = "Learn the noise of units and weights"
-        yield one_training(job, "prune", title, config.noise_epochs, noisy, teacher=teacher, penalty=penalty)
+        noisy_step = timed_step(job, noisy, job.original, penalty)
+        yield Training("prune", "Learn the noise of units and weights", config.noise_epochs, noisy_step)
     if config.noise_epochs or sparse:
-        epochs = sparse_epochs(config.finetune_epochs)
-        yield plain.model_copy(update={"title": "Fine-tune the remaining weights", "epochs": epochs})
+        yield Training("prune", "Fine-tune the remaining weights", sparse_epochs(config.finetune_epochs), step)
 
 
-def one_training(
-    job: Job,
-    part: Part,
-    title: str,
-    epochs: int,
-    model: nn.Module,
-    *,
-    teacher: nn.Module | None,
-    penalty: Callable[[float], Tensor] | None = None,
-) -> PlannedTraining:
-    """Time one training step of ``model``, which is changed: from the loss of the first batch to that of the second."""
+def timed_step(
+    job: Job, model: nn.Module, network: nn.Module | None, penalty: Callable[[float], Tensor] | None = None
+) -> Step:
+    """Time training steps of ``model``, which is changed; ``network`` is its teacher."""
     size, images = job.config.batch_size, len(job.data.train)
     few = replace(job.data, train=job.data.train.take(torch.arange(TIMED_STEPS * size) % images))
+    # The rate is next to nothing: weights that are not trained yet must not run away while they are timed.
+    settings = replace(train_settings(job, 1), learning_rate=1e-9)
+    teacher = None if network is None else Teacher(network)
     times: list[float] = []
 
     def at_loss(progress: float) -> Tensor:
         times.append(time.perf_counter())
         return penalty(progress) if penalty is not None else torch.zeros(())
 
-    # The rate is next to nothing: weights that are not trained yet must not run away while they are timed.
-    settings = replace(train_settings(job, 1), learning_rate=1e-9)
-    train(model, few, settings, teacher=teacher, penalty=at_loss)
-    step_s = times[-1] - times[-2]
-    return PlannedTraining(part=part, title=title, epochs=epochs, steps=math.ceil(images / size), step_s=step_s)
+    for _ in range(2):  # the second time the teacher knows its answers
+        train(model, few, settings, teacher=teacher, penalty=at_loss)
+    new, known = (times[TIMED_STEPS * i + 1] - times[TIMED_STEPS * i] for i in (0, 1))
+    return Step(new, min(known, new), 0 if teacher is None else teacher.room_for())

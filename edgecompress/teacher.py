@@ -42,6 +42,10 @@ class Teacher(nn.Module):
             self.kept[key] = answers
         return answers
 
+    def room_for(self) -> int:
+        """How many batches can be remembered, to judge by those that are."""
+        return MOST_BYTES * len(self.kept) // self._bytes if self.kept else 0
+
 
 def _bytes(answers: Tensor) -> int:
     return answers.numel() * answers.element_size()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from command_line import BUDGET, MODEL, TINY, call
@@ -13,6 +14,8 @@ from edgecompress.cost import count
 from edgecompress.errors import BadModelError, UsageError
 from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.plan import Plan, make_plan
+from edgecompress.rehearsal import Step, Training
+from edgecompress.rehearsal import planned as planned_trainings
 from edgecompress.runs import RunFolder
 from edgecompress.spec import CompressionPolicy
 from edgecompress.stage_spaces import allowed_widths
@@ -80,6 +83,23 @@ def test_expected_time_is_the_sum_of_what_was_timed(plan):
     first = plan.stages[0]
     assert first.seconds == pytest.approx(12 * (first.episode_s + first.agent_s) + first.finalists_s)
     assert plan.peak_memory_bytes is None or plan.peak_memory_bytes > 10**7
+
+
+def test_teacher_is_paid_for_once_for_every_batch_that_it_remembers(few):
+    job = SimpleNamespace(data=few, config=SimpleNamespace(batch_size=64))
+    steps = -(-len(few.train) // 64)
+
+    def seconds_per_step(remembered: int) -> list[float]:
+        step = Step(new_s=3.0, known_s=1.0, remembered=remembered)
+        trainings = [
+            Training("prune", "finalists", 2, step, times=3), Training("prune", "longer", 8, step),
+            Training("quantize", "shorter", 4, step),
+        ]  # fmt: skip
+        return [training.step_s for training in planned_trainings(job, trainings)]
+
+    assert seconds_per_step(100 * steps) == pytest.approx([(2 * 3 + 4) / 6, (6 * 3 + 2) / 8, 1.0])
+    assert seconds_per_step(steps) == pytest.approx([(4 * 3 + 2) / 6, (7 * 3 + 1) / 8, (3 * 3 + 1) / 4])
+    assert seconds_per_step(0) == [3.0, 3.0, 3.0]
 
 
 def test_reach_is_what_the_smallest_network_costs(plan, few):
