@@ -2,10 +2,10 @@
 
 VGG-19-BN, VGG-16-BN and ResNet-56 on CIFAR-10 against the paper and against what one would use otherwise; VGG-16 at 224x224 for
 its size alone. Takes cifar10-jpeg.tar.gz and ResNet-56's checkpoint out of EDGECOMPRESS_DATA; where there are no JPEG files the
-VGGs take torchvision's CIFAR-10. Baselines are trained here (ResNet-56 has its checkpoint), which wants a GPU for the VGGs; two
-CPU cores are better served by
+VGGs take torchvision's CIFAR-10. Baselines are trained here (ResNet-56 has its checkpoint). The effort is what two CPU cores do in
+about 20 hours a network; a GPU is better served by
 
-    python benchmarks/headline.py --train-epochs 16 --tune-epochs 8
+    python benchmarks/headline.py --train-epochs 60 --tune-epochs 24
 
 NNCF comes with `pip install -e '.[peers]'`. Finished cells lie in docs/benchmarks/headline_cells.json and below build/headline,
 from which an interrupted run goes on; several processes may work side by side, best with `--threads 1`. A cell that fails is
@@ -33,6 +33,7 @@ from harness import RESULTS, Benchmark
 from headline_imagenet import imagenet_shapes
 from headline_lab import FOLDER, BusyError, Lab, original, ours, tuned_original, where
 from headline_peers import peer
+from headline_picture import draw
 from headline_plan import KINDS, NETWORKS, SEEDS, Effort, Job, Network, all_jobs, jobs_of
 from headline_rows import rows, table
 from headline_ship import ship
@@ -157,7 +158,11 @@ def main() -> None:
         ]  # fmt: skip
         failed = work(cells, jobs)
     bench = Benchmark("headline", quick=False)
-    rows(bench, copy.deepcopy(cells.all()), networks)
+    known = cells.all()
+    rows(bench, copy.deepcopy(known), networks)
+    for network in networks:
+        if draw(RESULTS / (file := f"headline_{network.name}.svg"), known, network):
+            bench.pictures[f"{network.title}: accuracy over bytes and time"] = file
     cells.publish()
     bench.write()
     _end(failed)

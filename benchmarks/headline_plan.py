@@ -23,8 +23,8 @@ class Effort:
     unpruned one's, the peers' and ours. train_images: of the 45,000. episodes: of each of our two stages.
     """
 
-    train_epochs: int = 60
-    tune_epochs: int = 24
+    train_epochs: int = 16
+    tune_epochs: int = 8
     train_images: int = 45_000
     episodes: int = 100
 

@@ -38,7 +38,8 @@ def rows(bench: Benchmark, known: Known, networks: Sequence[Network]) -> None:
         "ResNet-56": "its checkpoint has seen all 50,000 training images, the held-out ones too; the test images it has not",
         "seeds": f"ours and the tuned original {', '.join(map(str, SEEDS))}; peers and our own baselines 0",
         "hours": "of search: sensitivities, episodes and the finalists' short training; of training: those of the file's own trainings, "
-        "one that several files share in the row of each; added up where a run was broken off and went on",
+        "one that several files share in the row of each; added up where a run was broken off and went on; what the teacher answers to "
+        "a batch is computed once, by the first training of a seed",
         "epochs": "after the baseline; ours is short of its sparse ones where its policy removed no single weights",
     }
     agents = [row for network in networks if (row := _own_baselines(known, network))]

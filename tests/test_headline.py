@@ -20,6 +20,7 @@ from harness import Benchmark
 from headline_imagenet import COMMAND
 from headline_lab import BusyError, Lab, Stopwatch, search_and_training
 from headline_peers import cut, slimming_epochs, slimming_strength
+from headline_picture import draw, style_of
 from headline_plan import IMAGENET, NETWORKS, Effort, Job, Network, all_jobs, jobs_of
 
 import edgecompress.bit_stage
@@ -68,7 +69,7 @@ def test_ours_divides_the_epochs_that_everyone_gets(network, total):
 
 
 def test_epochs_of_the_vggs_by_default():
-    assert VGG.epochs == {"finetune": 11, "sparse": 5, "qat": 8} and RESNET.epochs["sparse"] == 0
+    assert VGG.epochs == {"finetune": 4, "sparse": 2, "qat": 2} and RESNET.epochs["sparse"] == 0
     with pytest.raises(ValueError, match=r"3 epochs .* vgg19_bn_cifar; give --tune-epochs 4"):
         assert VGG.with_effort(tune_epochs=3).epochs
 
@@ -88,7 +89,7 @@ def test_cells_have_names_of_their_own_and_come_with_finished_rows_first():
 
 
 def test_a_network_with_a_checkpoint_does_not_depend_on_epochs_of_a_baseline():
-    jobs = [list(jobs_of(network.with_effort(train_epochs=16, episodes=None))) for network in (RESNET, VGG)]
+    jobs = [list(jobs_of(network.with_effort(train_epochs=60, episodes=None))) for network in (RESNET, VGG)]
     assert jobs[0] == list(jobs_of(RESNET)) and jobs[1][0].name != next(jobs_of(VGG)).name
 
 
@@ -170,6 +171,27 @@ def test_rows_of_files_and_of_the_paper():
     )
     (place,) = headline_rows.machines(known, ALL)
     assert place["machine"] == "a CPU" and place["count"] == len(known)
+
+
+def test_picture_shows_every_file_and_waits_for_two(tmp_path):
+    known = everything()
+    assert draw(tmp_path / "vgg.svg", known, VGG)
+    text = (tmp_path / "vgg.svg").read_text()
+    assert "MB on disk" in text and "ms in ONNX Runtime" in text and "edgecompress, DDPG" in text
+    assert text.count("network slimming") == 1
+    assert not draw(tmp_path / "none.svg", {}, VGG) and not (tmp_path / "none.svg").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "title"),
+    [
+        ("original", "original, fp32"), ("tuned", "unpruned, as long tuned, fp32"), ("tuned+nncf", "unpruned, tuned, int8"),
+        ("ours", "edgecompress, DDPG"), ("ours-milp", "edgecompress, other searches"), ("slimming+nncf", "network slimming"),
+        ("torch-pruning-global+onnxruntime", "Torch-Pruning, global"),
+    ],
+)  # fmt: skip
+def test_methods_are_told_apart_in_the_picture(method, title):
+    assert style_of(Job("", VGG, method))[0] == title
 
 
 @pytest.mark.parametrize(("family", "pull"), [("vgg", 6.6), ("resnet", 0.66)])
