@@ -9,8 +9,8 @@ from typing import Any
 
 from edgecompress import report_rows as words
 from edgecompress.errors import UsageError
+from edgecompress.report_spec import RunReport
 from edgecompress.runs import RunFolder
-from edgecompress.spec import RunReport
 
 
 @dataclass(frozen=True)

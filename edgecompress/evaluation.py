@@ -22,9 +22,10 @@ from edgecompress.exporters.memory import measured_memory
 from edgecompress.exporters.runners import OnnxRuntimeRunner, measure_latency_us, run_all
 from edgecompress.exporters.verify import agreement
 from edgecompress.imports import place_of
+from edgecompress.report_spec import Score
 from edgecompress.runs import ORIGINAL
 from edgecompress.shipped import SHIPPED, cards
-from edgecompress.spec import Preprocessing, Score
+from edgecompress.spec import Preprocessing
 
 _BATCH = 64  # images at once while the score is measured
 Answers = NDArray[Any]  # classes of images [N] or pixels [N, H, W]; where outputs are no class scores, the outputs
@@ -182,7 +183,7 @@ def _interface(path: Path, opened: Opened, data: Dataset) -> Interface:
 
 
 def scored(path: Path, opened: Opened, data: Dataset) -> tuple[float, Answers]:
-    """The score (see `spec.Score`) of an opened file on the test split, and its answers.
+    """The score (see `report_spec.Score`) of an opened file on the test split, and its answers.
 
     Raises:
         BadDataError: the file takes images of another shape. BadModelError: it does not answer what the task wants.

@@ -31,17 +31,11 @@ from edgecompress.progress import Progress, Silent
 from edgecompress.quantize import Simulator, calibrate, simulate
 from edgecompress.recover import recover
 from edgecompress.report import report_on, write_report
+from edgecompress.report_spec import Rounds, RunReport
 from edgecompress.run_exports import export_run, formats_for
 from edgecompress.runs import RunFolder, opened
 from edgecompress.shipped import compressed_run
-from edgecompress.spec import (
-    Architecture,
-    Artifact,
-    CompressionPolicy,
-    LayerChoice,
-    Rounds,
-    RunReport,
-)
+from edgecompress.spec import Architecture, Artifact, CompressionPolicy, LayerChoice
 from edgecompress.threads import torch_threads
 
 

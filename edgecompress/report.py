@@ -17,21 +17,17 @@ from edgecompress.exporters.runners import measure_latency_us
 from edgecompress.files import write_document, write_text
 from edgecompress.job import Job, train_settings
 from edgecompress.report_latency import at_bits, host_model, layer_latencies, predicted
-from edgecompress.runs import ORIGINAL, ORIGINAL_INT8, RunFolder
-from edgecompress.spec import (
-    FLOAT_BITS,
-    Artifact,
+from edgecompress.report_spec import (
     ArtifactRow,
     Column,
-    CompressionPolicy,
     Goal,
-    LayerChoice,
     LayerRow,
     Predicted,
     Rounds,
     RunReport,
-    Trial,
 )
+from edgecompress.runs import ORIGINAL, ORIGINAL_INT8, RunFolder
+from edgecompress.spec import FLOAT_BITS, Artifact, CompressionPolicy, LayerChoice, Trial
 
 UNITS = {"flops": "MACs", "params": "parameters", "size": "B", "bops": "BOPs", "latency": "us"}
 

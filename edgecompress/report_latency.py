@@ -6,7 +6,8 @@ from edgecompress.cost import Latency, LatencyModel, edges, kernels
 from edgecompress.errors import BadFileError
 from edgecompress.latency_tables.predict import latency_model
 from edgecompress.latency_tables.targets import all_targets, is_this_machine
-from edgecompress.spec import CompressionPolicy, LayerChoice, Network, Predicted, Target, weakest
+from edgecompress.report_spec import Predicted
+from edgecompress.spec import CompressionPolicy, LayerChoice, Network, Target, weakest
 
 
 def latency_of(network: Network, policy: CompressionPolicy, model: LatencyModel) -> Latency:

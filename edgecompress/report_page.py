@@ -17,8 +17,9 @@ from edgecompress import report_rows as words
 from edgecompress.pareto import pareto_set
 from edgecompress.report_checks import checks_of
 from edgecompress.report_pareto import front
+from edgecompress.report_spec import RunReport
 from edgecompress.report_text import TITLES, command, render_markdown, summary_table
-from edgecompress.spec import FLOAT_BITS, RunReport, Stage, Trial
+from edgecompress.spec import FLOAT_BITS, Stage, Trial
 
 if TYPE_CHECKING:
     from jinja2 import Template

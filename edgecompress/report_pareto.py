@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from edgecompress import report_rows as words
 from edgecompress.pareto import pareto_set
-from edgecompress.spec import Cost, RunReport, Stage, Trial, weakest
+from edgecompress.report_spec import RunReport
+from edgecompress.spec import Cost, Stage, Trial, weakest
 
 _COLUMNS: tuple[tuple[str, str, Callable[[Cost], float | None], Callable[[float], str]], ...] = (
     ("flops", "dense MACs", lambda cost: cost.macs, words.quantity),

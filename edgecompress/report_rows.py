@@ -9,8 +9,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from edgecompress.report_spec import ArtifactRow, Goal, LayerRow, RunReport
 from edgecompress.runs import ORIGINAL_INT8
-from edgecompress.spec import ArtifactRow, Cost, Goal, LayerRow, RunReport, Stage, Trial, weakest
+from edgecompress.spec import Cost, Stage, Trial, weakest
 
 NONE = "–"
 INT8_BITS = 8

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, get_args
 from edgecompress import report_rows as words
 from edgecompress.report_checks import checks_of
 from edgecompress.report_rows import Cell
+from edgecompress.report_spec import RunReport
 from edgecompress.runs import ORIGINAL_INT8
-from edgecompress.spec import Config, RunReport, Stage, Trial
+from edgecompress.spec import Config, Stage, Trial
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from edgecompress.errors import BadFileError, BadModelError, UsageError
 from edgecompress.files import locked, read_document, read_lines, write_document, write_text, written_whole
+from edgecompress.report_spec import RunReport
 from edgecompress.run_toml import FILE_NAME, to_toml
-from edgecompress.spec import Architecture, CompressionPolicy, Config, Network, RunReport, Trial
+from edgecompress.spec import Architecture, CompressionPolicy, Config, Network, Trial
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from edgecompress.errors import UnknownNameError, UsageError
 from edgecompress.imports import imported, place_of
-from edgecompress.spec import Score
+from edgecompress.report_spec import Score
 
 IGNORED = 255  # the class of a pixel that does not count
 

@@ -20,20 +20,15 @@ from edgecompress.files import append_line, write_document
 from edgecompress.report_charts import Axis, Mark, chart, scale
 from edgecompress.report_checks import checks_of
 from edgecompress.report_page import render_html, render_markdown, summary_table
-from edgecompress.spec import (
+from edgecompress.report_spec import (
     ArtifactRow,
     Column,
-    Config,
-    Cost,
     Goal,
     LayerRow,
     Predicted,
     RunReport,
-    Source,
-    Stage,
-    Target,
-    Trial,
-)  # fmt: skip
+)
+from edgecompress.spec import Config, Cost, Source, Stage, Target, Trial  # fmt: skip
 
 EVIL = "<script>alert('x')</script>|a\"b"
 

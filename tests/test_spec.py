@@ -10,25 +10,27 @@ from pydantic import ValidationError
 from edgecompress.errors import BadFileError, UnknownNameError, UsageError
 from edgecompress.files import read_document, write_document
 from edgecompress.latency_tables.targets import target_by_name
+from edgecompress.report_spec import (
+    ArtifactRow,
+    Column,
+    Goal,
+    LayerRow,
+    RunReport,
+)
 from edgecompress.spec import (
     Architecture,
     Artifact,
-    ArtifactRow,
     Budget,
     ChannelGroup,
     ChannelTerm,
-    Column,
     CompressionPolicy,
     Config,
     Cost,
     Document,
-    Goal,
     LayerChoice,
-    LayerRow,
     LayerSpec,
     Network,
     Preprocessing,
-    RunReport,
     parse_budgets,
 )
 

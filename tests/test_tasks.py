@@ -19,7 +19,8 @@ from edgecompress.finetune import TrainSettings, accuracy_and_loss, train
 from edgecompress.original import original_network
 from edgecompress.progress import Silent
 from edgecompress.quantize import Simulator, calibrate
-from edgecompress.spec import Config, Score
+from edgecompress.report_spec import Score
+from edgecompress.spec import Config
 from edgecompress.splits import _augment
 from edgecompress.tasks import CLASSIFICATION, SEGMENTATION, Task, squared_difference, task_by_name
 

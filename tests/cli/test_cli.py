@@ -11,7 +11,8 @@ from command_line import BUDGET, TINY, call, python
 from sample_networks import Residual, settled
 
 from edgecompress.cli.main import COMMANDS
-from edgecompress.spec import Config, RunReport
+from edgecompress.report_spec import RunReport
+from edgecompress.spec import Config
 
 
 def refused(called, code: int, *parts: str) -> None:

@@ -12,8 +12,9 @@ from command_line import call
 
 from edgecompress.comparison import QUANTITIES, Compared, as_dicts, markdown, read_runs, remarks
 from edgecompress.files import write_document
+from edgecompress.report_spec import RunReport
 from edgecompress.runs import RunFolder
-from edgecompress.spec import Config, RunReport
+from edgecompress.spec import Config
 
 
 @pytest.fixture(scope="module")
