@@ -27,8 +27,9 @@ API = {
     "edgecompress/tasks.py": ("Task", "task_by_name"),
     "edgecompress/spec.py": (
         "Config", "Budget", "parse_budgets", "Preprocessing", "CompressionPolicy", "LayerChoice", "Cost", "Trial",
-        "Artifact", "RunReport", "Target",
+        "Artifact", "Target",
     ),
+    "edgecompress/report_spec.py": ("RunReport",),
     "edgecompress/runs.py": ("RunFolder",),
     "edgecompress/reward.py": (
         "accuracy_flops_latency", "accuracy_bytes_latency", "paper", "accuracy_only", "reward_by_name",
