@@ -10,7 +10,6 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,7 +67,6 @@ def data() -> Any:
 def main(threads: int) -> None:
     """Compress, load the file, and write down what it took."""
     from edgecompress import compress
-    from edgecompress.exporters.runners import OnnxRuntimeRunner, measure_latency_us
     from edgecompress.models import build_model
 
     torch.set_num_threads(threads)
@@ -81,21 +79,12 @@ def main(threads: int) -> None:
     )  # fmt: skip
     watch.tick()
     report, exports = run.report, run.path / "exports"
-    x = torch.zeros(1, 3, 224, 224).numpy()
-    times, loads = {}, {}
-    for name in ("original.onnx", report.compressed.file):
-        start = time.perf_counter()
-        runner = OnnxRuntimeRunner(Path(exports / name))
-        loads[name] = time.perf_counter() - start
-        times[name] = measure_latency_us(runner, x, seconds=3)["median_us"]
-        del runner
     cell = {
         "params": [report.original.cost.params, report.compressed.cost.params],
         "macs": [report.original.cost.macs, report.compressed.cost.macs],
         "bytes": [(exports / "original.onnx").stat().st_size, (exports / report.compressed.file).stat().st_size],
         "bits": round(report.compressed.average_weight_bits, 3),
-        "load_s": [round(value, 3) for value in loads.values()],
-        "latency_us": [round(value, 1) for value in times.values()],
+        "files": ["original.onnx", report.compressed.file],
         "peak_bytes": watch.peak_bytes,
         "budget": BUDGET,
         "batch": BATCH,
@@ -105,7 +94,26 @@ def main(threads: int) -> None:
         "hours": {part: round(value / 3600, 4) for part, value in search_and_training(watch.seconds).items()},
         "where": where(model),
     }
+    cell |= timed(cell)
     write_text(RUNS / f"{RUN}.cell.json", json.dumps(cell))
+
+
+def timed(cell: Cell) -> Cell:
+    """Seconds to load and microseconds to run each file of the finished run; nothing where they are gone."""
+    from edgecompress.exporters.runners import OnnxRuntimeRunner, measure_latency_us
+
+    paths = [RUNS / RUN / "exports" / name for name in cell["files"]]
+    if not all(path.exists() for path in paths):
+        return {}
+    x = torch.zeros(1, 3, 224, 224).numpy()
+    loads, times = [], []
+    for path in paths:
+        start = time.perf_counter()
+        runner = OnnxRuntimeRunner(path)
+        loads.append(round(time.perf_counter() - start, 3))
+        times.append(round(measure_latency_us(runner, x, seconds=3)["median_us"], 1))
+        del runner  # one session alive at a time
+    return {"load_s": loads, "latency_us": times, "latency_where": where(threads=1)}
 
 
 if __name__ == "__main__":
