@@ -39,7 +39,7 @@ def draw(path: Path, known: Mapping[str, Cell], network: Network) -> bool:
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.fonttype"] = "none"
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, panels = pyplot.subplots(1, len(axes_of), figsize=(5.6 * len(axes_of), 4.6), sharey=True, squeeze=False)
     for panel, (key, unit, label) in zip(panels[0], axes_of, strict=True):
@@ -54,8 +54,8 @@ def draw(path: Path, known: Mapping[str, Cell], network: Network) -> bool:
             )  # fmt: skip
             seen.add(title)
         panel.set_xscale("log")
-        panel.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-        panel.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+        panel.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        panel.xaxis.set_minor_formatter(ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
         panel.set_xlabel(label)
         panel.grid(color="#dddddd", linewidth=0.6, zorder=0)
         for side in ("top", "right"):
