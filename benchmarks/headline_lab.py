@@ -137,7 +137,7 @@ class Lab:
     @cached_property
     def folder(self) -> Path:
         """Networks, runs and files of this effort."""
-        return self.root / self.network.name / str(self.network.effort)
+        return self.root / self.network.name / self.network.effort.training
 
     @cached_property
     def baseline(self) -> nn.Module:
@@ -278,7 +278,7 @@ def tuned_original(lab: Lab, seed: int) -> Cell:
 
 def run_folder(lab: Lab, job: Job) -> Path:
     """Where our run of a cell lies."""
-    return lab.folder / "runs" / job.file.replace("/", "-")
+    return lab.folder / "runs" / lab.network.effort.search / job.file.replace("/", "-")
 
 
 def ours(lab: Lab, job: Job) -> Cell:
@@ -299,7 +299,7 @@ def ours(lab: Lab, job: Job) -> Cell:
     lab.keep_answers()
     watch.tick()
     report = run.report
-    path = lab.folder / "files" / f"{folder.name}.onnx"
+    path = lab.folder / "files" / lab.network.effort.search / f"{folder.name}.onnx"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, (run.path / "exports" / report.compressed.file).read_bytes())
     cost = report.compressed.cost

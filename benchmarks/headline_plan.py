@@ -26,15 +26,22 @@ class Effort:
     train_epochs: int = 16
     tune_epochs: int = 8
     train_images: int = 45_000
-    episodes: int = 100
+    episodes: int = 200
 
     @property
     def baseline(self) -> str:
         """What the baseline alone depends on."""
         return f"{self.train_epochs}x{self.train_images}" if self.train_epochs else "checkpoint"
 
-    def __str__(self) -> str:
-        return f"{self.baseline}-tune{self.tune_epochs}x{self.train_images}-search{self.episodes}"
+    @property
+    def training(self) -> str:
+        """What networks depend on that nothing of ours searched."""
+        return f"{self.baseline}-tune{self.tune_epochs}x{self.train_images}"
+
+    @property
+    def search(self) -> str:
+        """What ours depend on besides."""
+        return f"search{self.episodes}"
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,11 @@ class Job:
     @property
     def name(self) -> str:
         """Of the cell."""
-        return IMAGENET if self.kind == "imagenet" else f"{self.network.name}/{self.network.effort}/{self.file}"
+        if self.kind == "imagenet":
+            return IMAGENET
+        effort = self.network.effort
+        searched = f"-{effort.search}" if self.kind in ("ours", "agents") else ""
+        return f"{self.network.name}/{effort.training}{searched}/{self.file}"
 
 
 def jobs_of(network: Network) -> Iterator[Job]:

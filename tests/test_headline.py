@@ -93,6 +93,18 @@ def test_a_network_with_a_checkpoint_does_not_depend_on_epochs_of_a_baseline():
     assert jobs[0] == list(jobs_of(RESNET)) and jobs[1][0].name != next(jobs_of(VGG)).name
 
 
+def test_only_ours_depend_on_the_length_of_the_search():
+    mine, longer = list(jobs_of(VGG)), list(jobs_of(VGG.with_effort(episodes=999)))
+    moved = {job.kind for job, other in zip(mine, longer, strict=True) if job.name != other.name}
+    assert moved == {"ours", "agents"}
+    moved = {
+        job.kind
+        for job, other in zip(mine, jobs_of(VGG.with_effort(tune_epochs=99)), strict=True)
+        if job.name != other.name
+    }
+    assert moved == {"original", "tuned", "ours", "agents", "peers"}
+
+
 def test_everything_finished_and_good_holds():
     bars = judged(everything())
     assert all(bar.holds for title, bar in bars.items() if "224x224" not in title)
