@@ -1,7 +1,7 @@
 """The original network as the teacher of a run's trainings, which asks it for every batch once.
 
 Epochs of one number show all trainings of a run the same batches (`finetune.train`), so that what was answered in the first
-training need not be computed in the next; on a CPU a small student costs less than its teacher.
+training need not be computed in the next.
 """
 
 from __future__ import annotations
