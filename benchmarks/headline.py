@@ -113,7 +113,7 @@ def rehearse() -> list[str]:
     """The whole way on a small network and a few images."""
     effort = Effort(train_epochs=1, tune_epochs=2, train_images=300, episodes=10)
     budget, share = "flops=0.5x,size=0.25x", "flops=0.5x"
-    network = Network("resnet8", "ResNet-8", budget, (share,), single_weights=False, effort=effort)
+    network = Network("resnet8", "ResNet-8", budget, (share,), quantised_share=0.5, effort=effort)
     jobs = [
         Job("original", network, "original"),
         Job("tuned", network, "tuned"),

@@ -292,7 +292,7 @@ def ours(lab: Lab, job: Job) -> Cell:
         run = compress(
             lab.baseline, lab.data, TARGET, job.budget, name=folder.name, runs=folder.parent, progress=watch,
             resume=(folder / "config.json").exists(), agent=job.method.removeprefix("ours-") if job.kind == "agents" else "ddpg",
-            episodes=lab.network.effort.episodes, single_weights=lab.network.single_weights,
+            episodes=lab.network.effort.episodes, single_weights=False,
             finetune_epochs=epochs["finetune"], qat_epochs=epochs["qat"], batch_size=128, seed=job.seed,
             threads=torch.get_num_threads(),
         )  # fmt: skip
@@ -303,10 +303,8 @@ def ours(lab: Lab, job: Job) -> Cell:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, (run.path / "exports" / report.compressed.file).read_bytes())
     cost = report.compressed.cost
-    zeros = run.folder.file("checkpoints").joinpath("sparse.safetensors").exists()
     return lab.cell(path, cost, search_and_training(watch.seconds)) | {
         "bits": round(report.compressed.average_weight_bits, 3),
-        "epochs": epochs if zeros else epochs | {"sparse": 0},  # a policy without zeros has no sparse training
         "arms": report.found_by,
         "goals": {goal.goal: goal.holds for goal in report.goals},
         "policy": json.loads((run.path / "policy.json").read_text()),

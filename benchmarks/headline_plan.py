@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from edgecompress.recover import sparse_epochs
-
 SEEDS = (0, 1, 2)
 AGENTS = ("uniform", "random", "greedy", "milp")  # our own baselines, in both stages
 PRUNERS = ("torch-pruning-uniform", "torch-pruning-global", "slimming")
@@ -48,34 +46,29 @@ class Effort:
 class Network:
     """One network of the headline.
 
-    budget: ours. shares: what the pruned peers keep, around what ours does. single_weights: whether ours removes them too.
+    budget: ours. shares: what the pruned peers keep, around what ours does. quantised_share: of our epochs of tuning, the part
+        that is quantisation-aware; fewer bits take more of it.
     """
 
     name: str
     title: str
     budget: str
     shares: tuple[str, ...]
-    single_weights: bool
+    quantised_share: float
     effort: Effort = Effort()
 
     @property
     def epochs(self) -> dict[str, int]:
-        """Our trainings after the search, `Effort.tune_epochs` in all; about a third is quantisation-aware.
+        """Our trainings after the search, `Effort.tune_epochs` in all.
 
         Raises:
             ValueError: there are too few to divide.
         """
         total = self.effort.tune_epochs
-        if total < (4 if self.single_weights else 2):
-            raise ValueError(
-                f"{total} epochs of tuning do not suffice for {self.name}; give --tune-epochs 4 or more (2 without single weights)"
-            )
-        left = total - max(total // 3, 1)
-        if not self.single_weights:
-            return {"finetune": left, "sparse": 0, "qat": total - left}
-        finetune = max(count for count in range(1, left) if count + sparse_epochs(count) <= left)
-        sparse = sparse_epochs(finetune)
-        return {"finetune": finetune, "sparse": sparse, "qat": total - finetune - sparse}
+        if total < 2:
+            raise ValueError(f"{total} epochs of tuning do not suffice for {self.name}; give --tune-epochs 2 or more")
+        quantised = max(round(total * self.quantised_share), 1)
+        return {"finetune": total - quantised, "qat": quantised}
 
     def with_effort(self, **wanted: int | None) -> Network:
         """With other numbers where they are given; a baseline that is a checkpoint is never trained."""
@@ -87,7 +80,7 @@ class Network:
 
 def _vgg(name: str, title: str, parameters: str) -> Network:
     shares = ("params=0.07x", "params=0.14x", "params=0.28x")
-    return Network(name, title, f"params={parameters},flops=0.2x,size=0.8MB", shares, single_weights=True)
+    return Network(name, title, f"params={parameters},flops=0.25x,size=0.8MB", shares, quantised_share=0.375)
 
 
 # In the order of work: what takes longest comes last.
@@ -96,7 +89,7 @@ NETWORKS = {
     for network in (
         Network(
             "resnet56", "ResNet-56", "flops=0.5x,size=0.125x", ("flops=0.4x", "flops=0.5x", "flops=0.65x"),
-            single_weights=False, effort=Effort(train_epochs=0),
+            quantised_share=0.25, effort=Effort(train_epochs=0),
         ),
         _vgg("vgg19_bn_cifar", "VGG-19-BN", "0.074x"),
         _vgg("vgg16_bn_cifar", "VGG-16-BN", "0.1x"),

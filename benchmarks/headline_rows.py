@@ -40,7 +40,7 @@ def rows(bench: Benchmark, known: Known, networks: Sequence[Network]) -> None:
         "hours": "of search: sensitivities, episodes and the finalists' short training; of training: those of the file's own trainings, "
         "one that several files share in the row of each; added up where a run was broken off and went on; what the teacher answers to "
         "a batch is computed once, by the first training of a seed",
-        "epochs": "after the baseline; ours is short of its sparse ones where its policy removed no single weights",
+        "single weights": "ours removes channels only: a budget in bytes is met by fewer bits",
     }
     agents = [row for network in networks if (row := _own_baselines(known, network))]
     if agents:
@@ -223,7 +223,6 @@ def _effort(network: Network) -> dict[str, Any]:
         "evaluations of each of our stages": effort.episodes,
         "our budget": network.budget,
         "peers keep": ", ".join(network.shares),
-        "ours removes single weights": network.single_weights,
     }
 
 
@@ -270,18 +269,13 @@ def _row(job: Job, cell: Cell, start: Cell) -> dict[str, Any]:
         "average weight bits": cell.get("bits", 32),
         "latency, us": cell.get("latency_us"),
         "times faster": _ratio(start.get("latency_us"), cell.get("latency_us")),
-        "epochs": _epochs(job, cell),
+        "epochs": 0 if job.kind == "original" else job.network.effort.tune_epochs,
         "hours of search": hours.get("search", 0.0),
         "hours of training": hours.get("training", 0.0),
         "hours in all": round(sum(hours.values()), 3),
         "starts from": cell.get("starts_from", "" if job.kind == "original" else "original/0"),
         "found by": _arms(cell),
     }
-
-
-def _epochs(job: Job, cell: Cell) -> int:
-    """Of training after the baseline; ours has fewer where its policy removed no single weights."""
-    return 0 if job.kind == "original" else sum(cell.get("epochs", {"all": job.network.effort.tune_epochs}).values())
 
 
 def _ratio(before: float | None, after: float | None) -> float | None:

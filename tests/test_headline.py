@@ -65,13 +65,12 @@ LOSS = "{}: exported file less the unpruned network with the same fine-tuning, t
 def test_ours_divides_the_epochs_that_everyone_gets(network, total):
     epochs = network.with_effort(tune_epochs=total).epochs
     assert sum(epochs.values()) == total and epochs["finetune"] > 0 and epochs["qat"] > 0
-    assert epochs["sparse"] == (edgecompress.recover.sparse_epochs(epochs["finetune"]) if network.single_weights else 0)
 
 
-def test_epochs_of_the_vggs_by_default():
-    assert VGG.epochs == {"finetune": 4, "sparse": 2, "qat": 2} and RESNET.epochs["sparse"] == 0
-    with pytest.raises(ValueError, match=r"3 epochs .* vgg19_bn_cifar; give --tune-epochs 4"):
-        assert VGG.with_effort(tune_epochs=3).epochs
+def test_epochs_by_default():
+    assert VGG.epochs == {"finetune": 5, "qat": 3} and RESNET.epochs == {"finetune": 6, "qat": 2}
+    with pytest.raises(ValueError, match=r"1 epochs .* vgg19_bn_cifar; give --tune-epochs 2"):
+        assert VGG.with_effort(tune_epochs=1).epochs
 
 
 def test_cells_have_names_of_their_own_and_come_with_finished_rows_first():
@@ -215,7 +214,7 @@ def test_slimming_pulls_as_far_as_its_authors_do(family, pull):
 
 
 def test_peers_are_cut_by_macs_or_by_parameters():
-    lab = Lab(Network("resnet8", "ResNet-8", "flops=0.5x", (), single_weights=False))
+    lab = Lab(Network("resnet8", "ResNet-8", "flops=0.5x", (), 0.25))
     model = build_model("resnet8", 10).eval()
     whole = lab.cost_of(model)
     for metric in ("flops", "params"):
@@ -267,7 +266,7 @@ def test_a_cell_that_fails_is_told_and_one_that_waits_is_asked_for_again(tmp_pat
 
 
 def test_one_process_trains_a_network(tmp_path):
-    lab = Lab(Network("resnet8", "ResNet-8", "flops=0.5x", (), False, Effort(train_epochs=1)), root=tmp_path)
+    lab = Lab(Network("resnet8", "ResNet-8", "flops=0.5x", (), 0.25, Effort(train_epochs=1)), root=tmp_path)
     path = tmp_path / "resnet8" / f"baseline-{lab.network.effort.baseline}.lock"
     with claimed(path) as mine, pytest.raises(BusyError, match="another process trains baseline-1x45000"):
         assert mine
