@@ -215,7 +215,7 @@ class Lab:
 
     @property
     def _answers_file(self) -> Path:
-        return self._baseline_file.with_name(f"answers-{self.network.effort.baseline}.safetensors")
+        return self._baseline_file.with_name("answers.safetensors")
 
     def float_file(self, model: nn.Module, title: str) -> Path:
         """The network as float ONNX, BatchNorm folded."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from edgecompress.files import cache_folder, written_whole
 from edgecompress.layouts import safe_to_train
 from edgecompress.models import build_model
 from edgecompress.tasks import Task
-from edgecompress.trace import fingerprint
+from edgecompress.trace import fingerprint, weights_digest
 from edgecompress.training_state import PRECISIONS, Average, TrainingState, precision_on
 
 OnEpoch = Callable[[int, int, float], None]
@@ -238,7 +237,7 @@ def reference_model(
     """
     torch.manual_seed(seed)
     model = build_model(name, len(data.classes)) if start is None else start
-    extra = "" if start is None else f"-{learning_rate}-{_digest(start)}"
+    extra = "" if start is None else f"-{learning_rate}-{weights_digest(start)}"
     path = reference_file(name, model, data, epochs=epochs, seed=seed, extra=extra)
     rate = learning_rate or (0.1 if data.name != "digits" else 0.05)
     settings = TrainSettings(epochs=epochs, learning_rate=rate, distill=0.0, seed=seed, device=device)
@@ -266,11 +265,3 @@ def reference_file(name: str, model: nn.Module, data: Dataset, *, epochs: int, s
     title = f"{name.replace(':', '_').replace('/', '_')}-{data.name}"
     key = f"{title}-{fingerprint(model)}-{len(data.train)}-{epochs}-{seed}{extra}"
     return cache_folder() / "models" / f"{key}.safetensors"
-
-
-def _digest(model: nn.Module) -> str:
-    """Twelve hexadecimal digits of all weights."""
-    digest = hashlib.sha256()
-    for value in model.state_dict().values():
-        digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]

@@ -12,19 +12,22 @@ from collections.abc import MutableMapping
 import torch
 from torch import Tensor, nn
 
+from edgecompress.trace import weights_digest
+
 MOST_BYTES = 2**28  # of answers; what comes after them is computed anew
 
 
 class Teacher(nn.Module):
     """``network`` for inference, its answers kept by batch: ``float [B, C, H, W]`` to whatever it answers.
 
-    kept: the answers by a digest of the batch and of the precision; only good for one network. On a GPU nothing is kept:
-        the network is quick there, and to know a batch again would take its way back to the CPU.
+    kept: the answers by digests of the network's weights and of the batch with its precision. On a GPU nothing is kept: the network
+        is quick there, and to know a batch again would take its way back to the CPU.
     """
 
     def __init__(self, network: nn.Module, kept: MutableMapping[bytes, Tensor] | None = None) -> None:
         super().__init__()
         self.network = network
+        self._weights = bytes.fromhex(weights_digest(network))
         self.kept: MutableMapping[bytes, Tensor] = {} if kept is None else kept
         self._bytes = sum(map(_bytes, self.kept.values()))
 
@@ -33,7 +36,7 @@ class Teacher(nn.Module):
         if x.device.type != "cpu" or torch.is_grad_enabled():
             answers = self.network(x)
             return answers
-        key = _digest(x)
+        key = self._weights + _digest(x)
         if key in self.kept:
             return self.kept[key]
         answers = self.network(x)

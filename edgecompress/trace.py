@@ -41,6 +41,14 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def weights_digest(model: nn.Module) -> str:
+    """Twelve hexadecimal digits of the values of all tensors."""
+    digest = hashlib.sha256()
+    for value in model.state_dict().values():
+        digest.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:12]
+
+
 def trace(model: nn.Module, input_shape: tuple[int, ...], name: str, *, shared: bool = False) -> Traced:
     """Find the layers with weights and the channel groups that must be cut together.
 

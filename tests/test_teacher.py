@@ -53,6 +53,15 @@ def test_precision_decides_which_answers_are_meant(counted):
     assert counted.asked == 2 and (whole.dtype, half.dtype) == (torch.float32, torch.bfloat16)
 
 
+def test_answers_of_another_network_are_not_taken_for_its_own(counted):
+    kept = Teacher(counted).kept
+    first = Teacher(counted, kept)(batch(0))
+    other = Counted().eval()
+    next(other.network.parameters()).mul_(2)
+    assert not torch.equal(Teacher(other, kept)(batch(0)), first) and other.asked == 1
+    assert Teacher(counted, kept)(batch(0)) is first and counted.asked == 1
+
+
 def test_answers_beyond_the_limit_are_computed_anew(counted, monkeypatch):
     monkeypatch.setattr(module, "MOST_BYTES", 8 * 4 * 4)  # one batch of four classes
     teacher = Teacher(counted)
