@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,6 +11,7 @@ from torch import nn
 
 from edgecompress.bit_stage import quantize_stage
 from edgecompress.channel_stage import prune_stage
+from edgecompress.clock import Clock
 from edgecompress.cost import LatencyModel
 from edgecompress.data import Dataset
 from edgecompress.describe import GraphModule, graph_of
@@ -97,15 +97,12 @@ def compress(  # noqa: PLR0913 (the public call: everything beyond what, where a
     config = resolve(model, data, device, budget, options)
     name = name or run_name(config)
     with torch_threads(config.threads), opened(Path(runs) / name, config, resume=resume, overwrite=overwrite) as run:
-        clock = _Clock()
+        progress = clock = Clock(run.file("seconds.json"), progress)
         dataset = dataset_of(data, config, progress)
         original = original_network(model, config, dataset, progress)
         dataset = answered(dataset, original, config)
-        clock.lap("reference")
         job, latency, about, size = prepare(config, device, dataset, original, run, progress)
-        clock.lap("trace and original")
         pruned, smaller, arm = _stage_one(job, latency, size)
-        clock.lap("stage 1")
         graph = saved_graph(job, smaller, pruned)
         policy, arms, rounds = pruned, {"prune": arm}, None
         if job.integer:
@@ -115,10 +112,9 @@ def compress(  # noqa: PLR0913 (the public call: everything beyond what, where a
             run.file("policy.json"),
             policy.model_copy(update={"provenance": {f"found_by_{k}": v for k, v in arms.items()}}),
         )
-        clock.lap("stage 2")
         progress.stage("Export and verify", 3)
         artifacts = [export_run(run.path, format_name, data=dataset, measure=False) for format_name in formats_for(job)]
-        clock.lap("export")
+        clock.tick()
         report = report_on(job, artifacts, latency, about, arms, clock.seconds, rounds)
         write_report(run, report)
         return Run(run, report, data if isinstance(data, Dataset) else None)
@@ -207,18 +203,6 @@ def _select_val(job: Job) -> tuple[float, float]:
     """Score and negative loss of a run's integers, so that the larger is the better one."""
     score, loss = accuracy_and_loss(partial(simulate, job.run.quantized()), job.data, job.data.select_val)
     return score, -loss
-
-
-class _Clock:
-    """Seconds of every part of a run."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name], self._last = round(now - self._last, 2), now
 
 
 def load(path: Path | str, factory: Callable[[], nn.Module] | None = None) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -40,6 +40,7 @@ def sensitivities(
     batches: Iterable[Tensor],
     cache: Path | None = None,
     what: Sequence[What] = ("weight", "activation"),
+    on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sensitivities:
     """Measure every layer at every bit-width, or read what was measured before.
 
@@ -47,32 +48,38 @@ def sensitivities(
         batches: normalised images ``[N, C, H, W]``.
         cache: a JSON file that belongs to this network and these images.
         what: the tables that are wanted; another stays empty.
+        on_step: told how many weights and inputs are measured, and of how many.
 
     Raises:
         BadFileError: the cache is broken.
     """
     if cache is not None and cache.exists():
         return read_document(cache, Sensitivities, "sensitivities")
-    found = _measured(simulator, list(batches), what)
+    found = _measured(simulator, list(batches), what, on_step)
     if cache is not None:
         write_document(cache, found)
     return found
 
 
-def _measured(simulator: Simulator, batches: list[Tensor], what: Sequence[What]) -> Sensitivities:
+def _measured(
+    simulator: Simulator, batches: list[Tensor], what: Sequence[What], on_step: Callable[[int, int], None]
+) -> Sensitivities:
     graph, points = simulator.graph, simulator.points
     constants = simulator.floats
     batches = [channels_last(x) for x in batches]
     layers = [layer for layer in graph.layers if layer.name in points.layer_input]
+    owners = tuple(dict.fromkeys(points.layer_input.values())) if "activation" in what else ()
+    total = len(owners) + (len(layers) if "weight" in what else 0)
     weight: dict[str, dict[int, float]] = {layer.name: {} for layer in layers}
     inputs: dict[str, dict[int, float]] = {}
     with torch.no_grad():
         answers = [run(graph, x, constants) for x in batches]
-        for layer in layers if "weight" in what else ():
+        for done, layer in enumerate(layers if "weight" in what else (), 1):
             for bits in BITS:
                 rounded = constants | {layer.inputs[1]: channels_last(dequantize(simulator.weight(layer, bits)))}
                 weight[layer.name][bits] = divergence(answers, [run(graph, x, rounded) for x in batches])
-        for owner in dict.fromkeys(points.layer_input.values()) if "activation" in what else ():
+            on_step(done, total)
+        for done, owner in enumerate(owners, total - len(owners) + 1):
             inputs[owner] = {}
             for bits in BITS:
                 how = simulator.range(owner, bits)
@@ -80,6 +87,7 @@ def _measured(simulator: Simulator, batches: list[Tensor], what: Sequence[What])
                     fake_quantize(value, how) if points.owner.get(name) == owner else value
                 )
                 inputs[owner][bits] = divergence(answers, [run(graph, x, constants, on_value) for x in batches])
+            on_step(done, total)
     activation = {
         layer.name: inputs[points.layer_input[layer.name]]
         for layer in layers

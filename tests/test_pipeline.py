@@ -179,8 +179,11 @@ def test_run_killed_in_both_searches_resumes_to_the_policy_of_the_unbroken_one(t
     second = call_and_kill(3 + 8, *arguments, "--resume")
     assert second.returncode == -signal.SIGKILL, second.stderr
     assert len(journal.read_bytes().splitlines()) == 21
+    worked = json.loads((tmp_path / "killed/seconds.json").read_text())["seconds"]
     third = call(*arguments, "--resume")
     assert third.code == 0, third.err
+    in_all = RunFolder(tmp_path / "killed").report().seconds
+    assert worked["Stage 1: channels"] > 0 and all(in_all[part] >= seconds for part, seconds in worked.items())
     for name in ("policy.json", "trials.jsonl", "layers.json", "arch.json", *(f"exports/{name}" for name in EXPORTED)):
         assert (tmp_path / "killed" / name).read_bytes() == (tiny_run / name).read_bytes(), name
 
