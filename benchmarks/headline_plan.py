@@ -47,7 +47,7 @@ class Network:
     """One network of the headline.
 
     budget: ours. shares: what the pruned peers keep, around what ours does. quantised_share: of our epochs of tuning, the part
-        that is quantisation-aware; fewer bits take more of it.
+        that is quantisation-aware; fewer bits take more of it. seeds: of ours and of the tuned original. agents: our own baselines.
     """
 
     name: str
@@ -56,6 +56,8 @@ class Network:
     shares: tuple[str, ...]
     quantised_share: float
     effort: Effort = Effort()
+    seeds: tuple[int, ...] = SEEDS
+    agents: tuple[str, ...] = AGENTS
 
     @property
     def epochs(self) -> dict[str, int]:
@@ -78,11 +80,6 @@ class Network:
         return replace(self, effort=replace(self.effort, **given))
 
 
-def _vgg(name: str, title: str, parameters: str) -> Network:
-    shares = ("params=0.07x", "params=0.14x", "params=0.28x")
-    return Network(name, title, f"params={parameters},flops=0.25x,size=0.8MB", shares, quantised_share=0.375)
-
-
 # In the order of work: what takes longest comes last.
 NETWORKS = {
     network.name: network
@@ -91,8 +88,15 @@ NETWORKS = {
             "resnet56", "ResNet-56", "flops=0.5x,size=0.125x", ("flops=0.4x", "flops=0.5x", "flops=0.65x"),
             quantised_share=0.25, effort=Effort(train_epochs=0),
         ),
-        _vgg("vgg19_bn_cifar", "VGG-19-BN", "0.074x"),
-        _vgg("vgg16_bn_cifar", "VGG-16-BN", "0.1x"),
+        Network(
+            "vgg19_bn_cifar", "VGG-19-BN", "params=0.074x,flops=0.25x,size=0.8MB",
+            ("params=0.07x", "params=0.14x", "params=0.28x"), quantised_share=0.375,
+        ),
+        # Only its peers are a bar of it: one seed, and one share that they keep.
+        Network(
+            "vgg16_bn_cifar", "VGG-16-BN", "params=0.1x,flops=0.25x,size=0.8MB", ("params=0.14x",), quantised_share=0.375,
+            seeds=(0,), agents=(),
+        ),
     )
 }  # fmt: skip
 
@@ -133,10 +137,10 @@ def jobs_of(network: Network) -> Iterator[Job]:
         for share in network.shares:
             for quantiser in QUANTISERS:
                 yield Job("peers", network, f"{pruner}+{quantiser}", budget=share)
-    for seed in SEEDS[1:]:
+    for seed in network.seeds[1:]:
         yield Job("tuned", network, "tuned", seed)
         yield Job("ours", network, "ours", seed, network.budget)
-    for agent in AGENTS:
+    for agent in network.agents:
         yield Job("agents", network, f"ours-{agent}", budget=network.budget)
 
 

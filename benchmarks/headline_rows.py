@@ -11,7 +11,7 @@ from cells import Cell
 from harness import Benchmark
 from headline_imagenet import COMMAND
 from headline_peers import slimming_epochs
-from headline_plan import AGENTS, IMAGENET, SEEDS, Job, Network, jobs_of
+from headline_plan import IMAGENET, Job, Network, jobs_of
 
 from edgecompress.channel_stage import SHORT_EPOCHS
 
@@ -36,7 +36,7 @@ def rows(bench: Benchmark, known: Known, networks: Sequence[Network]) -> None:
     bench.details["What else there is to know"] = {
         "data": "45,000 training images, 2,500 held-out ones for the searches, 2,500 to choose with, the test images once",
         "ResNet-56": "its checkpoint has seen all 50,000 training images, the held-out ones too; the test images it has not",
-        "seeds": f"ours and the tuned original {', '.join(map(str, SEEDS))}; peers and our own baselines 0",
+        "seeds": "of ours and of the tuned original, see the effort; peers and our own baselines have seed 0",
         "hours": "of search: sensitivities, episodes and the finalists' short training; of training: those of the file's own trainings, "
         "one that several files share in the row of each; added up where a run was broken off and went on; what the teacher answers to "
         "a batch is computed once, by the first training of a seed",
@@ -111,7 +111,7 @@ def differences(known: Known, network: Network) -> list[float]:
     """Ours less the tuned original by seed, of the seeds that have both: points on test."""
     found = finished(known, network, "ours", "tuned")[0]
     tests = {(job.kind, job.seed): cell["test"] for job, cell in found.items()}
-    both = [seed for seed in SEEDS if ("ours", seed) in tests and ("tuned", seed) in tests]
+    both = [seed for seed in network.seeds if ("ours", seed) in tests and ("tuned", seed) in tests]
     return [tests["ours", seed] - tests["tuned", seed] for seed in both]
 
 
@@ -198,7 +198,11 @@ def against_the_paper(known: Known, vgg: Network, resnet: Network) -> list[dict[
 
 def _gained(known: Known, network: Network) -> str:
     found = differences(known, network)
-    return f"{statistics.mean(found):+.2f} points ({len(found)} of {len(SEEDS)} seeds)" if found else "not finished"
+    return (
+        f"{statistics.mean(found):+.2f} points ({len(found)} of {len(network.seeds)} seeds)"
+        if found
+        else "not finished"
+    )
 
 
 def _shrunk(known: Known, network: Network, key: str, unit: str) -> str:
@@ -206,7 +210,7 @@ def _shrunk(known: Known, network: Network, key: str, unit: str) -> str:
     if not mine or not start:
         return "not finished"
     before, after = (statistics.mean(cell[key] for cell in found.values()) for found in (start, mine))
-    return f"{before / 1e6:.2f} {unit} -> {after / 1e6:.2f} {unit} ({before / after:.1f}x fewer, {len(mine)} of {len(SEEDS)} seeds)"
+    return f"{before / 1e6:.2f} {unit} -> {after / 1e6:.2f} {unit} ({before / after:.1f}x fewer, {len(mine)} of {len(network.seeds)} seeds)"
 
 
 def _effort(network: Network) -> dict[str, Any]:
@@ -222,6 +226,7 @@ def _effort(network: Network) -> dict[str, Any]:
         "training images": effort.train_images,
         "evaluations of each of our stages": effort.episodes,
         "our budget": network.budget,
+        "seeds of ours": ", ".join(map(str, network.seeds)),
         "peers keep": ", ".join(network.shares),
     }
 
@@ -240,7 +245,7 @@ def _own_baselines(known: Known, network: Network) -> dict[str, Any] | None:
         "best of the others": best.method.removeprefix("ours-"),
         "its test %": others[best]["test"],
         "ours less that, points": round(mine["test"] - others[best]["test"], 3),
-        "finished": f"{len(AGENTS) - len(missing)} of {len(AGENTS)}",
+        "finished": f"{len(network.agents) - len(missing)} of {len(network.agents)}",
     }
 
 
