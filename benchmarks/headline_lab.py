@@ -34,6 +34,7 @@ from edgecompress.files import write_bytes, write_text, written_whole
 from edgecompress.finetune import TrainSettings, trained_once
 from edgecompress.graph import build_graph
 from edgecompress.models import build_model
+from edgecompress.latency_tables.targets import target_by_name
 from edgecompress.progress import Silent
 from edgecompress.report import provenance
 from edgecompress.report_latency import at_bits
@@ -258,6 +259,11 @@ def _seconds(path: Path) -> float:
     return sum(Stopwatch(path.with_suffix(".seconds.json"), path.stem).seconds.values())
 
 
+def divisor_of(network: Network) -> int:
+    """Channels in whose steps widths come, ours and the peers'."""
+    return network.divisor or target_by_name(TARGET).divisor
+
+
 def tuned_title(seed: int) -> str:
     """Of the unpruned network after the same fine-tuning."""
     return f"original-tuned-{seed}"
@@ -292,7 +298,7 @@ def ours(lab: Lab, job: Job) -> Cell:
         run = compress(
             lab.baseline, lab.data, TARGET, job.budget, name=folder.name, runs=folder.parent, progress=watch,
             resume=(folder / "config.json").exists(), agent=job.method.removeprefix("ours-") if job.kind == "agents" else "ddpg",
-            episodes=lab.network.effort.episodes, single_weights=False,
+            episodes=lab.network.effort.episodes, single_weights=False, divisor=lab.network.divisor,
             finetune_epochs=epochs["finetune"], qat_epochs=epochs["qat"], batch_size=128, seed=job.seed,
             threads=torch.get_num_threads(),
         )  # fmt: skip

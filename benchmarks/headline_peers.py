@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from cells import Cell
-from headline_lab import SHAPE, Lab, tuned_title
+from headline_lab import SHAPE, Lab, divisor_of, tuned_title
 from headline_plan import Job
 from torch import Tensor, nn
 
@@ -29,7 +29,6 @@ from edgecompress.spec import parse_budgets
 LIU_WEIGHT = {"vgg": 1e-4, "resnet": 1e-5}
 LIU_RATES = 782 * (80 * 0.1 + 40 * 0.01 + 40 * 0.001)
 SLIMMING_RATE = 0.02
-ROUND_TO = 8  # channels; the same as our targets' divisor
 CALIBRATION = 500
 
 
@@ -91,7 +90,7 @@ def cut(lab: Lab, start: nn.Module, pruner: str, budget: str) -> nn.Module:
         last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1:]
         torch_pruning.pruner.MagnitudePruner(
             model, torch.zeros(1, *SHAPE), importance=importance, pruning_ratio=ratio, ignored_layers=last,
-            global_pruning=pruner != "torch-pruning-uniform", max_pruning_ratio=0.95, round_to=ROUND_TO,
+            global_pruning=pruner != "torch-pruning-uniform", max_pruning_ratio=0.95, round_to=divisor_of(lab.network),
         ).step()  # fmt: skip
         return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -47,7 +48,9 @@ class Network:
     """One network of the headline.
 
     budget: ours. shares: what the pruned peers keep, around what ours does. quantised_share: of our epochs of tuning, the part
-        that is quantisation-aware; fewer bits take more of it. seeds: of ours and of the tuned original. agents: our own baselines.
+        that is quantisation-aware: none at six bits or so, where rounding loses nothing that a search can see. divisor: channels
+        come in steps of it, ours and the peers'; None: of the target's. seeds: of ours and of the tuned original. agents: our
+        own baselines.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Network:
     shares: tuple[str, ...]
     quantised_share: float
     effort: Effort = Effort()
+    divisor: int | None = None
     seeds: tuple[int, ...] = SEEDS
     agents: tuple[str, ...] = AGENTS
 
@@ -67,9 +71,9 @@ class Network:
             ValueError: there are too few to divide.
         """
         total = self.effort.tune_epochs
-        if total < 2:
+        quantised = math.ceil(total * self.quantised_share)
+        if quantised >= total:
             raise ValueError(f"{total} epochs of tuning do not suffice for {self.name}; give --tune-epochs 2 or more")
-        quantised = max(round(total * self.quantised_share), 1)
         return {"finetune": total - quantised, "qat": quantised}
 
     def with_effort(self, **wanted: int | None) -> Network:
@@ -86,7 +90,7 @@ NETWORKS = {
     for network in (
         Network(
             "resnet56", "ResNet-56", "flops=0.5x,size=0.125x", ("flops=0.4x", "flops=0.5x", "flops=0.65x"),
-            quantised_share=0.25, effort=Effort(train_epochs=0),
+            quantised_share=0.0, divisor=4, effort=Effort(train_epochs=0),
         ),
         Network(
             "vgg19_bn_cifar", "VGG-19-BN", "params=0.074x,flops=0.25x,size=0.8MB",

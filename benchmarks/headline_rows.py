@@ -10,6 +10,7 @@ from typing import Any
 from cells import Cell
 from harness import Benchmark
 from headline_imagenet import COMMAND
+from headline_lab import divisor_of
 from headline_peers import slimming_epochs
 from headline_plan import IMAGENET, Job, Network, jobs_of
 
@@ -228,6 +229,7 @@ def _effort(network: Network) -> dict[str, Any]:
         "our budget": network.budget,
         "seeds of ours": ", ".join(map(str, network.seeds)),
         "peers keep": ", ".join(network.shares),
+        "widths in steps of": divisor_of(network),
     }
 
 

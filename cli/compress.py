@@ -76,6 +76,10 @@ from edgecompress.cli.flags import switch
     help="Let stage 1 also choose how many single weights each group keeps; by default where a budget on bytes asks for it.",
 )  # fmt: skip
 @click.option(
+    "--divisor", type=click.IntRange(min=1), metavar="N",
+    help="Widths come in steps of N channels; by default the target's, at which its kernels run full.",
+)  # fmt: skip
+@click.option(
     "--prune-reward", default="accuracy-flops-latency", show_default=True,
     help="Reward of stage 1: accuracy-flops-latency, accuracy-bytes-latency, paper, accuracy, soft-target or module:function.",
 )  # fmt: skip

@@ -76,7 +76,7 @@ def channels_of(job: Job, cost: CostModel, sensitivity: Callable[[str], float] |
     config = job.config
     limits = [limit for limit in job.limits if limit.budget.metric != "bops"]
     space = partial(
-        channel_space, job.network, job.target, cost, limits, job.original_cost, sensitivity=sensitivity
+        channel_space, job.network, job.target, cost, limits, job.original_cost, config.divisor, sensitivity=sensitivity
     )  # fmt: skip
     if config.pick is not None:
         groups = len(job.network.prunable_groups)

@@ -391,6 +391,7 @@ class Config(Document):
     importance: str = "l2"
     reconstruct: bool = True
     single_weights: bool | None = None
+    divisor: int | None = Field(default=None, ge=1)
     prune_reward: str = "accuracy-flops-latency"
     quantize_reward: str = "accuracy-bytes-latency"
     finetune_epochs: int = Field(default=12, ge=1)

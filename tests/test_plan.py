@@ -63,6 +63,12 @@ def test_groups_have_the_widths_that_the_target_allows(plan):
     assert "the network's output" in kept[0].reason
 
 
+def test_widths_come_in_the_steps_that_were_asked_for(few, plan):
+    finer = planned(data=few, divisor=2, stages=("prune",))
+    for group, coarse in zip(finer.groups, plan.groups, strict=True):
+        assert group.reason or group.widths == allowed_widths(group.width, 2) != coarse.widths
+
+
 def test_searches_and_trainings_are_those_of_the_run(plan, few):
     assert [(stage.stage, stage.episodes) for stage in plan.stages] == [("prune", 12), ("quantize", 12)]
     assert plan.stages[0].actions == len([group for group in plan.groups if len(group.widths) > 1])
