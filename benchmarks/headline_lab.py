@@ -33,8 +33,8 @@ from edgecompress.exporters.runners import OnnxRuntimeRunner, has_vnni, run_all
 from edgecompress.files import write_bytes, write_text, written_whole
 from edgecompress.finetune import TrainSettings, trained_once
 from edgecompress.graph import build_graph
-from edgecompress.models import build_model
 from edgecompress.latency_tables.targets import target_by_name
+from edgecompress.models import build_model
 from edgecompress.progress import Silent
 from edgecompress.report import provenance
 from edgecompress.report_latency import at_bits
