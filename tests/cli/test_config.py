@@ -24,8 +24,8 @@ OTHER = {
     "stages": ["prune"], "agent": "td3", "episodes": 9, "seed": 5, "importance": "l1", "prune_reward": "paper",
     "quantize_reward": "accuracy", "finetune_epochs": 2, "noise_epochs": 2, "qat_epochs": 1, "learning_rate": 0.5, "ema": 0.9,
     "batch_size": 16, "table": "t.csv", "require_measured": True, "allow_mismatch": True, "threads": 77, "device": "cpu",
-    "ranges": "entropy", "equalise": True, "bias_correction": True, "reconstruct": False, "single_weights": True, "divisor": 4, "two_four": True,
-    "learned_rounding": True, "pin_bits": "fc=8", "free_activations": True, "reward_steps": 3, "alternate": 1,
+    "ranges": "entropy", "equalise": True, "bias_correction": True, "reconstruct": False, "single_weights": True, "two_four": True,
+    "divisor": 4, "learned_rounding": True, "pin_bits": "fc=8", "free_activations": True, "reward_steps": 3, "alternate": 1,
     "pick": "runs/first", "train_precision": "fp32",
 }  # fmt: skip
 
