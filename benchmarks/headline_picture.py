@@ -41,6 +41,12 @@ def draw(path: Path, known: Mapping[str, Cell], network: Network) -> bool:
     matplotlib.rcParams["svg.fonttype"] = "none"
     from matplotlib import pyplot, ticker
 
+    class Plain(ticker.LogFormatter):
+        """Leaves out the same ticks, and writes 0.6 where matplotlib writes 6e-01."""
+
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
     figure, panels = pyplot.subplots(1, len(axes_of), figsize=(5.6 * len(axes_of), 4.6), sharey=True, squeeze=False)
     for panel, (key, unit, label) in zip(panels[0], axes_of, strict=True):
         seen: set[str] = set()
@@ -55,7 +61,7 @@ def draw(path: Path, known: Mapping[str, Cell], network: Network) -> bool:
             seen.add(title)
         panel.set_xscale("log")
         panel.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-        panel.xaxis.set_minor_formatter(ticker.LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        panel.xaxis.set_minor_formatter(Plain(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
         panel.set_xlabel(label)
         panel.grid(color="#dddddd", linewidth=0.6, zorder=0)
         for side in ("top", "right"):
