@@ -3,7 +3,7 @@
 VGG-19-BN, VGG-16-BN and ResNet-56 on CIFAR-10 against the paper and against what one would use otherwise; VGG-16 at 224x224 for
 its size alone. Takes cifar10-jpeg.tar.gz and ResNet-56's checkpoint out of EDGECOMPRESS_DATA; where there are no JPEG files the
 VGGs take torchvision's CIFAR-10. Baselines are trained here (ResNet-56 has its checkpoint). The effort is meant for two CPU
-cores, about 20 core-hours a network by estimate; a GPU is better served by
+cores, 8 to 20 core-hours a network by estimate; a GPU is better served by
 
     python benchmarks/headline.py --train-epochs 60 --tune-epochs 24
 

@@ -177,9 +177,13 @@ def _kl_tables(found: Sensitivities, space: SearchSpace) -> Tables:
 def _sensitivities(job: Job, simulator: Simulator) -> Sensitivities:
     """Of all layers and bits, kept in the run's folder."""
     few = (x for x, _ in job.data.batches(job.data.calibration.take(torch.arange(_first(job.data))), 100))
-    inputs = simulator.points.layer_input
-    job.progress.stage("Sensitivities to bits", len(inputs) + len(set(inputs.values())))
-    return sensitivities(simulator, few, job.run.file("sensitivities.json"), on_step=job.progress.step)
+
+    def tell(done: int, total: int) -> None:
+        if done == 0:
+            job.progress.stage("Sensitivities to bits", total)
+        job.progress.step(done, total)
+
+    return sensitivities(simulator, few, job.run.file("sensitivities.json"), on_step=tell)
 
 
 def _first(data: Dataset) -> int:

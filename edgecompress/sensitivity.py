@@ -48,7 +48,7 @@ def sensitivities(
         batches: normalised images ``[N, C, H, W]``.
         cache: a JSON file that belongs to this network and these images.
         what: the tables that are wanted; another stays empty.
-        on_step: told how many weights and inputs are measured, and of how many.
+        on_step: told how many weights and inputs are measured, from none on, and of how many; not where they are read.
 
     Raises:
         BadFileError: the cache is broken.
@@ -72,6 +72,7 @@ def _measured(
     total = len(owners) + (len(layers) if "weight" in what else 0)
     weight: dict[str, dict[int, float]] = {layer.name: {} for layer in layers}
     inputs: dict[str, dict[int, float]] = {}
+    on_step(0, total)
     with torch.no_grad():
         answers = [run(graph, x, constants) for x in batches]
         for done, layer in enumerate(layers if "weight" in what else (), 1):

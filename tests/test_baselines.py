@@ -154,7 +154,12 @@ def test_estimate_falls_with_the_divergence_from_the_float_network() -> None:
 def test_sensitivities_fall_with_bits_and_are_read_back(tmp_path) -> None:
     case = integer_case("residual")
     path = tmp_path / "sensitivities.json"
-    found = sensitivities(case.simulator, [case.images[:8], case.images[8:12]], path)
+    told: list[tuple[int, int]] = []
+    found = sensitivities(
+        case.simulator, [case.images[:8], case.images[8:12]], path, on_step=lambda *step: told.append(step)
+    )
+    total = len(found.weight) + len(set(case.simulator.points.layer_input.values()))
+    assert told == [(done, total) for done in range(total + 1)]
     assert found.images == 12 and set(found.weight) == {layer.name for layer in case.graph.layers}
     for layer in found.weight:
         for what in ("weight", "activation"):
